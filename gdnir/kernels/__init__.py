@@ -1,0 +1,1 @@
+"""Device kernels. They know nothing of gdnir, and nothing imports them before the first launch."""
