@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time on any machine, with the specialisation that a real launch would get.
 
-A stub driver names the target; the launchers run as they are on CPU tensors, but their kernels compile instead of launching.
+A stub driver names the target; the launchers run as they are on CPU tensors, but kernels compile instead of launching.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def launch_norm(dtype, *, tokens=7, heads=32, width=128, activation="silu"):
 
 LAUNCHES = {
     **{
-        f"{phase}-{layout}": lambda dtype, phase=phase, layout=layout: launch_conv(phase, dtype, layout=layout, bias=True)
+        f"{phase}-{layout}": lambda dtype, phase=phase, layout=layout: launch_conv(
+            phase, dtype, layout=layout, bias=True
+        )
         for phase in ("prefill", "decode", "verify")
         for layout in ("cw", "wc")
     },
@@ -121,7 +123,12 @@ LAUNCHES = {
 def resources(kernel, folder):
     """What the assembler says: registers, bytes of stack (spills), shared memory."""
     if "amdgcn" in kernel.asm:
-        said = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"]))
+        said = dict(
+            re.findall(
+                r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)",
+                kernel.asm["amdgcn"],
+            )
+        )
         stack = sum(int(said[key]) for key in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"))
         return int(said["vgpr_count"]), stack
     cubin = folder / "kernel.cubin"
@@ -184,9 +191,11 @@ def test_memory_is_accessed_in_vectors(compile_for, target):
 
 def test_no_recompilation_when_only_the_batch_changes(compile_for):
     kernels = compile_for("sm_90")
-    names = ("prefill", "decode", "verify")
-    batches = [{"tokens": t, "rows": n, "slots": s} for t, n, s in ((48, 2, 4), (1, 1, 1), (16, 16, 16), (64, 1, 32), (21, 3, 5))]
-    for phase in names:
+    batches = [
+        {"tokens": t, "rows": n, "slots": s}
+        for t, n, s in ((48, 2, 4), (1, 1, 1), (16, 16, 16), (64, 1, 32), (21, 3, 5))
+    ]
+    for phase in ("prefill", "decode", "verify"):
         for layout in ("cw", "wc"):
             kernels.clear()
             for batch in batches:

@@ -1,4 +1,4 @@
-"""What the Triton kernels are checked against, on any device: the interpreter's tests and the GPU's run the same cases."""
+"""What the Triton kernels are checked against, on any device: the interpreter and the GPU run the same cases."""
 
 from __future__ import annotations
 
@@ -59,8 +59,24 @@ def cont(*lengths):
 
 
 MIX = ((5, True, 1, 1), (0, True, 2, 2), (3, False, 3, 3), (1, True, 0, 6), (2, True, 0, 7), (18, True, 4, 4))
-PADDED = ((4, True, 1, 1), (3, True, -1, 2), (17, False, 0, 0), (2, True, 99, 3), (3, True, 4, 99), (20, True, -1, -1), (2, True, 5, -1))
-DECODE = ((1, True, 3, 3), (1, False, 0, 0), (1, True, -1, -1), (1, True, 5, 1), (1, True, 5, -1), (1, True, 8, 2), (1, True, 4, 8))
+PADDED = (
+    (4, True, 1, 1),
+    (3, True, -1, 2),
+    (17, False, 0, 0),
+    (2, True, 99, 3),
+    (3, True, 4, 99),
+    (20, True, -1, -1),
+    (2, True, 5, -1),
+)
+DECODE = (
+    (1, True, 3, 3),
+    (1, False, 0, 0),
+    (1, True, -1, -1),
+    (1, True, 5, 1),
+    (1, True, 5, -1),
+    (1, True, 8, 2),
+    (1, True, 4, 8),
+)
 VERIFY = (
     (3, True, 1, (1, 2, 3)),  # the first write is in place
     (1, True, 4, (5, 6, 7)),  # columns >= l_n untouched
@@ -74,7 +90,10 @@ VERIFY = (
 
 def _verify(length):
     """Two rows of 1..length drafts, L = length."""
-    return tuple((n, True, 2 * length + n, tuple((n % 2) * length + i for i in range(length))) for n in (length, max(length - 1, 0)))
+    return tuple(
+        (n, True, 2 * length + n, tuple((n % 2) * length + i for i in range(length)))
+        for n in (length, max(length - 1, 0))
+    )
 
 
 CASES = [
@@ -95,10 +114,19 @@ CASES = [
     Case("only-tail", "prefill", fresh(0), tail=18, bias=True),
     Case("no-rows", "prefill", (), tail=3, bias=True),
     Case("no-rows-no-tokens", "prefill", ()),
-    Case("write-elsewhere", "prefill", ((0, True, 0, 1), (1, True, 0, 2), (2, True, 0, 3), (9, True, 0, 4), (0, False, 5, 6)), strided=True),
+    Case(
+        "write-elsewhere",
+        "prefill",
+        ((0, True, 0, 1), (1, True, 0, 2), (2, True, 0, 3), (9, True, 0, 4), (0, False, 5, 6)),
+        strided=True,
+    ),
     Case("three-blocks", "prefill", ((2, True, 1, 1), (20, True, 0, 2)), channels=1032, bias=True),
     *(Case(f"w{w}-{lay}", "prefill", MIX, width=w, layout=lay, extra=w % 2) for w in (2, 3) for lay in ("cw", "wc")),
-    *(Case(f"extra{e}-{lay}", "prefill", MIX, extra=e, layout=lay, strided=lay == "cw") for e in (1, 2, 3) for lay in ("cw", "wc")),
+    *(
+        Case(f"extra{e}-{lay}", "prefill", MIX, extra=e, layout=lay, strided=lay == "cw")
+        for e in (1, 2, 3)
+        for lay in ("cw", "wc")
+    ),
     Case("read-outside", "prefill", ((2, True, 99, 3), (1, True, 0, 0))),
     Case("write-outside", "prefill", ((2, True, 1, 8), (1, True, 0, 0))),
     Case("write-outside-of-padding", "prefill", ((2, True, -1, 8),)),
@@ -115,7 +143,11 @@ CASES = [
     Case("decode-two-blocks", "decode", DECODE, channels=520, bias=True),
     *(Case(f"decode-w{w}-{lay}", "decode", DECODE, width=w, layout=lay) for w in (2, 3) for lay in ("cw", "wc")),
     # verify
-    *(Case(f"verify-L{n}-{lay}", "verify", _verify(n), slots=3 * n + 2, layout=lay, bias=lay == "wc") for n in (1, 2, 3, 4) for lay in ("cw", "wc")),
+    *(
+        Case(f"verify-L{n}-{lay}", "verify", _verify(n), slots=3 * n + 2, layout=lay, bias=lay == "wc")
+        for n in (1, 2, 3, 4)
+        for lay in ("cw", "wc")
+    ),
     Case("verify", "verify", VERIFY, slots=22, tail=2, bias=True),
     Case("verify-wc-strided", "verify", VERIFY, slots=22, layout="wc", strided=True, extra=2),
     Case("verify-w2", "verify", VERIFY, slots=22, width=2, strided=True),
@@ -186,13 +218,15 @@ def poisoned():
         patch.setattr(triton_launch, "torch", fake)
         yield buffers
     for buffer in buffers:
-        assert (buffer[:CANARY] == 7).all() and (buffer[-CANARY:] == 7).all(), "a write outside the output"
+        borders = torch.cat([buffer[:CANARY], buffer[-CANARY:]])
+        assert (borders == 7).all(), "a write outside the output"
 
 
 def assert_rounded_once(got, want, dtype, label):
     """Every row: one rounding to dtype of a value right to f32. The worst element is named."""
     got = got.double()
-    limit = want.abs() * ROUNDING[dtype] * 1.02 + (4e-6 if dtype != torch.float32 else 0) + want.abs().clamp(min=1) * 2e-6
+    arithmetic = (2e-6 if dtype == torch.float32 else 6e-6) * want.abs().clamp(min=1)
+    limit = want.abs() * ROUNDING[dtype] * 1.02 + arithmetic
     excess = torch.where(got.isfinite(), (got - want).abs() / limit, torch.full_like(want, float("inf")))
     if excess.numel():
         worst = int(excess.argmax())
@@ -233,7 +267,8 @@ def check_conv(case, dtype, device, state_dtype=None):
 
     with poisoned():
         y = triton_launch.causal_conv1d(x, weight, bias, pool, seq, **options)
-        assert y.is_contiguous() and y.dtype == dtype and y.shape == x.shape
+        assert y.is_contiguous()
+        assert (y.dtype, y.shape) == (dtype, x.shape)
         y = y.clone()
     assert (y[~owned] == 0).all(), "tokens of padding rows, or of nobody, are not 0"
     assert_rounded_once(y, want, dtype, "y")
@@ -248,7 +283,7 @@ def _pool_difference(got, want, before):
 
 
 def check_same_bits(dtype, device, layout, lengths=(23, 7, 40), channels=24):
-    """A token's bits do not depend on how its sequence was cut, nor on the kernel: one prefill, two prefills, verify, decode."""
+    """A token's bits depend neither on how its sequence was cut nor on the kernel: one prefill, two, verify, decode."""
     gen = torch.Generator().manual_seed(1)
     total, count = sum(lengths), len(lengths)
     weight = torch.randn(channels, 4, generator=gen).to(device, dtype)
@@ -267,7 +302,8 @@ def check_same_bits(dtype, device, layout, lengths=(23, 7, 40), channels=24):
             # verify: only the last draft's state is kept
             width = max(takes) if phase == "verify" else 1
             slots = tuple(
-                tuple(n if i == takes[n] - 1 else -1 for i in range(width)) if phase == "verify" else n for n in range(count)
+                tuple(n if i == takes[n] - 1 else -1 for i in range(width)) if phase == "verify" else n
+                for n in range(count)
             )
             rows = tuple((takes[n], True, n, slots[n]) for n in range(count))
             seq = make_seq(Case("", phase, rows), device)
@@ -285,7 +321,11 @@ def check_same_bits(dtype, device, layout, lengths=(23, 7, 40), channels=24):
     plans = {
         "two prefills": [("prefill", (9, 2, 21)), ("prefill", (longest,) * count)],
         "prefill, verify": [("prefill", tuple(n - 3 for n in lengths)), ("verify", (3,) * count)],
-        "prefill, decode": [("prefill", tuple(n - 2 for n in lengths)), ("decode", (1,) * count), ("decode", (1,) * count)],
+        "prefill, decode": [
+            ("prefill", tuple(n - 2 for n in lengths)),
+            ("decode", (1,) * count),
+            ("decode", (1,) * count),
+        ],
     }
     for name, plan in plans.items():
         y, pool = run(plan)
@@ -293,7 +333,13 @@ def check_same_bits(dtype, device, layout, lengths=(23, 7, 40), channels=24):
         assert torch.equal(bits(pool), bits(whole[1])), name
 
 
-MALFORMED = [(0, 5, 3, 999, -4), (-7, 2, 2, 40, 4), (2**31 - 1, -(2**31), 2**31 - 1, 0, 2**31 - 1), (9, 8, 7, 6, 5), (3, 4, 5, 6, 7)]
+MALFORMED = [
+    (0, 5, 3, 999, -4),
+    (-7, 2, 2, 40, 4),
+    (2**31 - 1, -(2**31), 2**31 - 1, 0, 2**31 - 1),
+    (9, 8, 7, 6, 5),
+    (3, 4, 5, 6, 7),
+]
 
 
 def check_malformed(cu_seqlens, phase, dtype, device):
@@ -317,7 +363,8 @@ def check_malformed(cu_seqlens, phase, dtype, device):
     with poisoned():
         y = triton_launch.causal_conv1d(x, weight, None, storage[1:-1], seq, activation="none", conv_layout="cw")
         assert y.isfinite().all(), "a token was not written"
-    assert (storage[0] == 7).all() and (storage[5:] == 7).all()
+    assert (storage[0] == 7).all()
+    assert (storage[5:] == 7).all()
 
 
 NORMS = [  # T, HV, V, activation, how o and z lie in memory
@@ -355,6 +402,7 @@ def check_norm(tokens, heads, width, activation, memory, dtype, device, weight_d
     want = oracle_ops.gated_rmsnorm(o, z, weight, eps=1e-6, activation=activation).to(device)
     with poisoned():
         y = triton_launch.gated_rmsnorm(o, z, weight, eps=1e-6, activation=activation)
-        assert y.is_contiguous() and y.dtype == dtype and y.shape == o.shape
+        assert y.is_contiguous()
+        assert (y.dtype, y.shape) == (dtype, o.shape)
         y = y.clone()
     assert_rounded_once(y, want, dtype, "y")

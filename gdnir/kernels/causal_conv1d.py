@@ -6,6 +6,8 @@ Shared by all three kernels:
   Metadata is read on the device and never trusted: a bad slot or a malformed cu_seqlens must not become a bad address.
 """
 
+# ruff: noqa: RUF005, SIM102  (tuples grow by + because Triton compiles no unpacking; nested ifs because `and` loads both)
+
 import triton
 import triton.language as tl
 
@@ -95,7 +97,7 @@ def conv_prefill_kernel(
     SUB: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Outputs of BT tokens x BC channels. Only reads conv_state: conv_prefill_state_kernel, launched next, writes it."""
+    """Outputs of BT tokens x BC channels. Reads conv_state; conv_prefill_state_kernel, launched next, writes it."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     t0 = (pid // blocks) * BT  # channel blocks vary fastest: neighbours read the same rows of memory
@@ -261,9 +263,9 @@ def conv_update_kernel(
         tl.store(y + t.to(tl.int64) * C + c, out.to(y.dtype.element_ty), mask=in_c)
         window = window[1:] + (new,)
         if VERIFY:
-            l = t - start
-            to = write_slots + n.to(tl.int64) * stride_wn + l.to(tl.int64) * stride_wl
-            write = tl.load(to, mask=valid & (l < L), other=-1)
+            step = t - start
+            to = write_slots + n.to(tl.int64) * stride_wn + step.to(tl.int64) * stride_wl
+            write = tl.load(to, mask=valid & (step < L), other=-1)
             tl.debug_barrier()  # in place: the program has read all of the old state before it writes
             for j in tl.static_range(W - 1):
                 column = _column(conv_state, write, c, j, P, stride_s, stride_c, stride_p, W)
@@ -281,17 +283,18 @@ def conv_update_kernel(
 
     # Any slot that does not exist is reported, also one that nothing uses.
     tl.store(error, 1, mask=read >= S)
-    l = tl.where(pid % blocks == 0, 0, L)
-    while l < L:
-        write = tl.load(write_slots + n.to(tl.int64) * stride_wn + l.to(tl.int64) * stride_wl)
+    step = tl.where(pid % blocks == 0, 0, L)
+    while step < L:
+        write = tl.load(write_slots + n.to(tl.int64) * stride_wn + step.to(tl.int64) * stride_wl)
         tl.store(error, 1, mask=write >= S)
-        l += 1
+        step += 1
 
-    # Tokens past the last sequence belong to nobody; its program clears them. (And those before the first, if malformed.)
+    # Tokens past the last sequence belong to nobody; its program clears them.
     t = tl.where(n == N - 1, end, T)
     while t < T:
         tl.store(y + t.to(tl.int64) * C + c, tl.zeros([BC], y.dtype.element_ty), mask=in_c)
         t += 1
+    # Likewise those before the first, which only a malformed cu_seqlens has.
     t = tl.where(n == 0, start, 0)
     while t > 0:
         t -= 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from gdnir.seq import Seq
 
 CHUNK = 64
-_CACHE = 2 << 20
+CACHE = 2 << 20
 """Bytes of state worked on at a time on a CPU: what its caches hold next to the operands."""
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -80,7 +80,7 @@ def store(pool: Tensor, slots: Tensor, states: Tensor, keep: Tensor | None) -> N
 def gather(x: Tensor, token: Tensor, valid: Tensor) -> Tensor:
     """x [T, ...] at `token` i64[n, c] -> [n, c, ...], zero where not `valid`."""
     found = x.index_select(0, token.clamp(max=x.shape[0] - 1).flatten()).unflatten(0, token.shape)
-    return found.masked_fill(_beside(valid, found), 0)
+    return found.masked_fill(_beside(~valid, found), 0)
 
 
 def scatter(x: Tensor, out: Tensor, token: Tensor, valid: Tensor) -> None:
@@ -135,7 +135,7 @@ def _recurrent(
     full = tokens == seq.num_seqs * steps and (
         rows.live is None or seq.phase == "decode"
     )  # row n has tokens n * steps ..
-    q, k, v, g, beta = (x.unflatten(0, (-1, steps)) if full else gather(x, token, valid) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (x.unflatten(0, (seq.num_seqs, steps)) if full else gather(x, token, valid) for x in (q, k, v, g, beta))
     keep = rows.stored if rows.stored is None else rows.stored[:, :steps] & valid
     keep = valid if keep is None and not full else keep
 
@@ -242,7 +242,7 @@ def _chunk(
 
 def _groups(state: Tensor, count: int) -> list[slice]:
     """The sequences in runs whose states fit a CPU's cache together; elsewhere all at once."""
-    size = max(1, _CACHE // max(1, 4 * state[0].numel())) if state.device.type == "cpu" else count
+    size = max(1, CACHE // max(1, 4 * state[0].numel())) if state.device.type == "cpu" else count
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]
 
 

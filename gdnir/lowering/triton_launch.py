@@ -1,7 +1,7 @@
-"""Launch the Triton kernels on tensors: shapes to grids and blocks, nothing else. No checks, no sync, no tuning at run time.
+"""Launch the Triton kernels on tensors: shapes to grids and blocks. No checks, no sync, no tuning at run time.
 
-Triton is imported by the first launch, not by this module. Blocks are fixed: the same launch gives the same bits, and nothing
-is compiled again when only the batch changes.
+Triton is imported by the first launch, not by this module. Blocks are fixed: the same launch gives the same bits,
+and nothing is compiled again when only the batch changes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NORM_ELEMENTS = 2048
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
     """y = o * rsqrt(mean(o^2, -1) + eps) * weight * act(z), norm before gate; f32 inside, rounded once to o's dtype.
 
-    o, z: [T, HV, V], any strides (a last stride other than 1 costs a copy); weight: [V]; activation: "silu" or "sigmoid".
-    Returns y [T, HV, V], contiguous.
+    o, z: [T, HV, V], any strides (a last stride other than 1 costs a copy); weight: [V]; activation: "silu" or
+    "sigmoid". Returns y [T, HV, V], contiguous.
     """
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     if y.numel() == 0:
@@ -74,10 +74,10 @@ def causal_conv1d(
 ) -> Tensor:
     """y[t,c] = act(bias[c] + sum_w weight[c,w] x[t-(W-1)+w,c]) per sequence of seq; conv_state is updated in place.
 
-    qkv: [T, C], any row stride (a last stride other than 1 costs a copy); weight: [C, W]; bias: [C] or None; conv_state:
-    [S, C, P] for conv_layout "cw", [S, P, C] for "wc", any strides, P >= W-1; activation: "silu" or "none". f32 inside, rounded
-    once to qkv's dtype. Tokens of padding rows and of nobody are exactly 0. A slot >= S sets seq.error.
-    Returns y [T, C], contiguous.
+    qkv: [T, C], any row stride (a last stride other than 1 costs a copy); weight: [C, W]; bias: [C] or None;
+    conv_state: [S, C, P] for conv_layout "cw", [S, P, C] for "wc", any strides, P >= W-1; activation: "silu" or
+    "none". f32 inside, rounded once to qkv's dtype. Tokens of padding rows and of nobody are exactly 0. A slot >= S
+    sets seq.error. Returns y [T, C], contiguous.
     """
     y = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     tokens, channels = qkv.shape

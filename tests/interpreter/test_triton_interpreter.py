@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, on a CPU: TRITON_INTERPRET=1 pytest tests/interpreter, a process of its own.
+"""The Triton kernels in Triton's interpreter, on a CPU: TRITON_INTERPRET=1 pytest tests/interpreter
 
-Triton reads the variable when it is imported and when a kernel is decorated, so the two modes cannot share a process. No bf16:
-the interpreter's is broken.
+Triton reads the variable when it is imported and when a kernel is decorated, so this is a process of its own. No
+bf16: the interpreter's is broken.
 """
 
 import os
@@ -15,8 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import triton_cases as cases  # noqa: E402
+import torch
+import triton_cases as cases
 
 pytestmark = pytest.mark.interpreter
 
@@ -68,7 +68,8 @@ def test_conv_takes_strided_metadata():
         cases.triton_launch.causal_conv1d(x, weight, None, pool, seq, activation="silu", conv_layout="cw")
         for pool, seq in zip(pools, (plain, cases.dataclasses.replace(plain, **apart)), strict=True)
     ]
-    assert torch.equal(*ys) and torch.equal(*pools)
+    assert torch.equal(*ys)
+    assert torch.equal(*pools)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
