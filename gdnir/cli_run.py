@@ -82,8 +82,10 @@ def _errors(graphs: dict[str, Graph], weights: Mapping[str, Tensor], x: Tensor, 
     found = {"prefill outputs": oracle.row_error(outs[0], reference[0][:tokens])}
     if decode:
         found["decode outputs"] = oracle.row_error(torch.cat(outs[1:]), reference[0][tokens:])
-    for name, state, final in zip(("conv state", "recurrent state"), pool.layer(layer), finals, strict=True):
-        found[name] = oracle.row_error(state[slot], final[slot])
+    # A row of the convolution's state is one past input over its channels; of the recurrent state, one head.
+    conv, ssm = pool.layer(layer)
+    found["conv state"] = oracle.row_error(conv[slot].mT, finals[0][slot].mT)
+    found["recurrent state"] = oracle.row_error(ssm[slot].flatten(-2), finals[1][slot].flatten(-2))
     return {name: float(e.max()) if e.numel() else 0.0 for name, e in found.items()}
 
 

@@ -319,7 +319,7 @@ def check_same_bits(dtype, device, layout, lengths=(23, 7, 40), channels=24):
     assert whole[0].shape == (total, channels)
     longest = max(lengths)
     plans = {
-        "two prefills": [("prefill", (9, 2, 21)), ("prefill", (longest,) * count)],
+        "two prefills": [("prefill", tuple((9, 2, 21)[n % 3] for n in range(count))), ("prefill", (longest,) * count)],
         "prefill, verify": [("prefill", tuple(n - 3 for n in lengths)), ("verify", (3,) * count)],
         "prefill, decode": [
             ("prefill", tuple(n - 2 for n in lengths)),
