@@ -62,7 +62,7 @@ def gated_delta_rule(
     scale: float,
     state_layout: str,
 ) -> Tensor:
-    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464, eq. 10]"""
+    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464]"""
     q, k, v, g, beta = (_wide(x) for x in (q, k, v, g, beta))
     pool = state if state_layout == "vk" else state.transpose(-1, -2)
     q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
@@ -70,10 +70,10 @@ def gated_delta_rule(
     for row in _rows(seq, state.shape[0]):
         s = torch.zeros(pool.shape[1:], dtype=torch.float64) if row.read is None else pool[row.read].clone()
         for j, t in enumerate(row.tokens):
-            s = s * g[t].exp()[:, None, None]
-            correction = beta[t][:, None] * (v[t] - (s @ k[t][:, :, None])[:, :, 0])
-            s = s + correction[:, :, None] * k[t][:, None, :]
-            o[t] = scale * (s @ q[t][:, :, None])[:, :, 0]
+            s *= g[t].exp()[:, None, None]
+            correction = beta[t][:, None] * (v[t] - (k[t][:, None, :] @ s.transpose(1, 2))[:, 0])
+            s.addcmul_(correction[:, :, None], k[t][:, None, :])
+            o[t] = scale * (q[t][:, None, :] @ s.transpose(1, 2))[:, 0]
             if row.after and row.after[j] is not None:
                 pool[row.after[j]] = s
         if row.final is not None:
@@ -91,7 +91,7 @@ def causal_conv1d(
     activation: str | None,
     conv_layout: str,
 ) -> Tensor:
-    """y[t, c] = act(bias[c] + sum_w weight[c, w] x[t - (W - 1) + w, c]); before a sequence's first token x is its state."""
+    """y[t, c] = act(bias[c] + sum_w weight[c, w] x[t - (W - 1) + w, c]); before a sequence's start, x is its state."""
     qkv, weight = _wide(qkv), _wide(weight)
     width = weight.shape[1]
     pool = conv_state if conv_layout == "cw" else conv_state.transpose(-1, -2)

@@ -24,7 +24,7 @@ def causal_conv1d(
     activation: str | None,
     conv_layout: str,
 ) -> Tensor:
-    """y[t, c] = act(bias[c] + sum_w weight[c, w] x[t - (W - 1) + w, c]); before a sequence's first token x is its state.
+    """y[t, c] = act(bias[c] + sum_w weight[c, w] x[t - (W - 1) + w, c]); before a sequence's start, x is its state.
 
     qkv [T, C], weight [C, W], bias [C] or None, conv_state [S, C, P] ("cw") or [S, P, C] ("wc"), whose last W - 1
     columns hold the last inputs and are updated in place -> y [T, C] in qkv's dtype. Arithmetic in f32 (f64 for f64

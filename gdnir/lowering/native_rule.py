@@ -6,6 +6,7 @@ shapes, dtypes, devices and the batch's host facts steer Python, so a recorded g
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ def store(pool: Tensor, slots: Tensor, states: Tensor, keep: Tensor | None) -> N
 
 def gather(x: Tensor, token: Tensor, valid: Tensor) -> Tensor:
     """x [T, ...] at `token` i64[n, c] -> [n, c, ...], zero where not `valid`."""
-    found = x.index_select(0, token.clamp(max=x.shape[0] - 1).flatten()).unflatten(0, token.shape)
+    found = x.index_select(0, token.clamp(max=x.shape[0] - 1).flatten()).view(*token.shape, *x.shape[1:])
     return found.masked_fill(_beside(~valid, found), 0)
 
 
@@ -100,7 +101,7 @@ def gated_delta_rule(
     scale: float,
     state_layout: str,
 ) -> Tensor:
-    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464, eq. 10]
+    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464]
 
     q, k [T, H, K], v [T, HV, V], g, beta [T, HV], state [S, HV, V, K] ("vk") or [S, HV, K, V] ("kv"), updated in
     place -> o [T, HV, V] in v's dtype. Value head h uses key head h // (HV // H). Arithmetic in f32 (f64 for f64
@@ -132,10 +133,10 @@ def _recurrent(
     steps = 1 if seq.phase == "decode" else min(seq.max_len, tokens)
     token = rows.start[:, None] + torch.arange(steps, device=v.device)
     valid = token < (rows.start + rows.length)[:, None]
-    full = tokens == seq.num_seqs * steps and (
-        rows.live is None or seq.phase == "decode"
-    )  # row n has tokens n * steps ..
-    q, k, v, g, beta = (x.unflatten(0, (seq.num_seqs, steps)) if full else gather(x, token, valid) for x in (q, k, v, g, beta))
+    full = tokens == seq.num_seqs * steps and (rows.live is None or seq.phase == "decode")  # no gaps, equal lengths
+    q, k, v, g, beta = (
+        x.view(seq.num_seqs, steps, *x.shape[1:]) if full else gather(x, token, valid) for x in (q, k, v, g, beta)
+    )
     keep = rows.stored if rows.stored is None else rows.stored[:, :steps] & valid
     keep = valid if keep is None and not full else keep
 
@@ -147,13 +148,14 @@ def _recurrent(
         s = _turned(load(state, rows.read[some], rows.fresh[some]).to(dtype), layout)
         for t in range(steps):
             fade, key = decay[some, t], pair[some, t]  # [n, HV, 1, 1], [n, HV, 2, K]
-            seen = torch.bmm(key.flatten(0, 1), s.flatten(0, 1).mT).unflatten(0, (-1, heads)) * fade
+            seen = torch.bmm(key.flatten(0, 1), s.flatten(0, 1).mT).view(*key.shape[:3], -1) * fade
             delta = beta[some, t] * (v[some, t] - seen[:, :, 0])
             out[some, t] = seen[:, :, 1] + delta * overlap[some, t]
             s = (s * fade if tracked else s.mul_(fade)).addcmul_(delta[..., None], key[:, :, :1])
             store(state, rows.write[some, t], _turned(s, layout), None if keep is None else keep[some, t])
     if full:
-        return (out if rows.live is None else out.masked_fill(~valid[..., None, None], 0)).flatten(0, 1).to(like.dtype)
+        out = out if rows.live is None else out.masked_fill(_beside(~valid, out), 0)
+        return out.flatten(0, 1).to(like.dtype)
     flat = like.new_zeros((tokens + 1, *like.shape[1:]))
     scatter(out, flat, token, valid)
     return flat[:tokens]
@@ -218,31 +220,32 @@ def _chunk(
     U = (I + tril(beta K K^T * G, -1))^-1 beta (V - d K S^T); then O = d Q S^T + tril(Q K^T * G) U and
     S' = d_c S + (G_c * U)^T K. The sums of g are taken directly: no difference of sums, hence exact for any g <= 0.
     """
-    (n, c, h), (hv, dv), r = k.shape[:3], v.shape[2:], v.shape[2] // k.shape[2]
+    (n, c, h, _), (hv, dv) = k.shape, v.shape[2:]
+    r = hv // h
     kq = torch.cat([k, q], 1).transpose(1, 2).flatten(0, 1)  # [n H, 2 c, K]
-    gram = torch.bmm(kq, kq[:, :c].mT).unflatten(0, (n, h, 1))  # shared by the r value heads of a key head
+    gram = torch.bmm(kq, kq[:, :c].mT).view(n, h, 1, 2 * c, c)  # shared by the r value heads of a key head
     seen = torch.bmm(kq, s.reshape(n * h, r * dv, -1).mT).view(n, h, 2 * c, r, dv).transpose(2, 3)
-    g, beta = (x.transpose(1, 2).unflatten(1, (h, r)) for x in (g, beta))  # [n, H, r, c]
+    g, beta = (x.view(n, c, h, r).permute(0, 2, 3, 1) for x in (g, beta))  # [n, H, r, c]
     decay = g[..., None, :].expand(n, h, r, c, c).triu(1).cumsum(-1).exp_().mT  # 1 above the diagonal
     since = g.cumsum(-1).exp()[..., None]
 
     system = gram[..., :c, :] * decay * beta[..., None]  # on and above the diagonal it is not looked at
-    inverse = torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)
-    wanted = torch.addcmul(v.transpose(1, 2).unflatten(1, (h, r)), since, seen[..., :c, :], value=-1)
-    if valid is not None:  # keeps a state that holds inf as it is where a sequence has ended
+    wanted = torch.addcmul(v.view(n, c, h, r, dv).permute(0, 2, 3, 1, 4), since, seen[..., :c, :], value=-1)
+    if valid is not None:  # a state that holds inf stays as it is after its sequence's end
         wanted = wanted.masked_fill(~valid[:, None, None, :, None], 0)
-    u = torch.bmm(inverse.flatten(0, 2), wanted.flatten(0, 2))
+    # Solving loses less than multiplying by the inverse (similar keys, beta = 2), and costs a CPU the same.
+    u = torch.linalg.solve_triangular(system, wanted * beta[..., None], upper=False, unitriangular=True).flatten(0, 2)
     mixed = (gram[..., c:, :].tril() * decay).flatten(0, 2)
     o = (since * seen[..., c:, :]).flatten(0, 2).baddbmm_(mixed, u, beta=scale, alpha=scale)
     keys = (k.transpose(1, 2)[:, :, None] * decay[..., -1, :, None]).flatten(0, 2)
     fade = since[..., -1, :].reshape(n, hv, 1, 1)
-    s = (s * fade if tracked else s.mul_(fade)).flatten(0, 1).baddbmm_(u.mT, keys).unflatten(0, (n, hv))
-    return o.unflatten(0, (n, hv)), s
+    s = (s * fade if tracked else s.mul_(fade)).flatten(0, 1).baddbmm_(u.mT, keys)
+    return o.view(n, hv, c, dv), s.view(n, hv, dv, -1)
 
 
 def _groups(state: Tensor, count: int) -> list[slice]:
     """The sequences in runs whose states fit a CPU's cache together; elsewhere all at once."""
-    size = max(1, CACHE // max(1, 4 * state[0].numel())) if state.device.type == "cpu" else count
+    size = max(1, CACHE // max(1, 4 * math.prod(state.shape[1:]))) if state.device.type == "cpu" else count
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from gdnir.models.config import config as read_config
 from gdnir.models.config import family
 from gdnir.models.family import GdnConfig, WeightSpec
 from gdnir.weights import Weights
+
+
+CONV_PARTS = ("q_conv1d", "k_conv1d", "v_conv1d")
 
 
 def load_weights(
@@ -39,18 +43,33 @@ def load_weights(
         )
     where = _index(folder)
     tensors: dict[str, Tensor] = {}
-    for spec in family(config).specs(config):
-        key, rows = _find(where, layer, spec, config)
+    tail = f"layers.{layer}.linear_attn."
+
+    def read(name: str) -> tuple[str, Tensor] | None:
+        key = next((k for k in where if k.endswith(tail + name)), None)
+        if key is None:
+            return None
         try:
             with safe_open(where[key], framework="pt", device=str(device)) as file:
-                tensor = file.get_tensor(key)
+                tensor: Tensor = file.get_tensor(key)
         except Exception as error:  # safetensors raises its own types; the file is the user's
             raise WeightsError(
                 "load_weights", key, expected="a readable safetensors file", got=f"{where[key].name}: {error}"
             ) from error
-        if tensor.dim() == 3 and tensor.shape[1] == 1:  # conv1d.weight is stored [C, 1, W]
-            tensor = tensor.squeeze(1)
-        tensor = tensor[rows] if rows is not None else tensor
+        return key, tensor.squeeze(1) if tensor.dim() == 3 else tensor  # conv1d.weight is stored [C, 1, W]
+
+    for spec in family(config).specs(config):
+        found = _conv_part(read, spec, config) if spec.name in CONV_PARTS else read(spec.checkpoint_key)
+        if found is None:
+            near = sorted(key for key in where if tail in key)
+            raise WeightsError(
+                "load_weights",
+                spec.name,
+                expected=f"...{tail}{spec.checkpoint_key}",
+                got="no such tensor",
+                hint=f"This layer has: {', '.join(near) or 'nothing'}.",
+            )
+        key, tensor = found
         if tuple(tensor.shape) != spec.shape or not tensor.is_floating_point():
             raise WeightsError(
                 "load_weights",
@@ -89,26 +108,21 @@ def _index(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _find(where: dict[str, Path], layer: int, spec: WeightSpec, config: GdnConfig) -> tuple[str, slice | None]:
-    """The checkpoint's key for a weight, and which of its rows (a joined convolution holds q, k and v)."""
-    tail = f"layers.{layer}.linear_attn."
-    for key in where:
-        if key.endswith(tail + spec.checkpoint_key):
-            return key, None
-    if spec.name.endswith("_conv1d"):
-        h, hv, k, v = config.heads
-        start = {"q_conv1d": 0, "k_conv1d": h * k, "v_conv1d": 2 * h * k}[spec.name]
-        for key in where:
-            if key.endswith(tail + "conv1d.weight"):
-                return key, slice(start, start + spec.shape[0])
-    near = sorted(key for key in where if tail in key)
-    raise WeightsError(
-        "load_weights",
-        spec.name,
-        expected=f"...{tail}{spec.checkpoint_key}",
-        got="no such tensor",
-        hint=f"This layer has: {', '.join(near) or 'nothing'}.",
-    )
+def _conv_part(
+    read: Callable[[str], tuple[str, Tensor] | None], spec: WeightSpec, config: GdnConfig
+) -> tuple[str, Tensor] | None:
+    """The rows of q, k or v in a convolution that a checkpoint holds in one piece or in three.
+
+    transformers joins the three when it loads, and cuts them into thirds when it saves, whatever q, k and v
+    measure; joined again they are right either way.
+    """
+    pieces = [read("conv1d.weight")] if read("conv1d.weight") else [read(f"{name}.weight") for name in CONV_PARTS]
+    given = [piece for piece in pieces if piece is not None]
+    if not given or len(given) != len(pieces):
+        return None
+    h, hv, k, v = config.heads
+    start = sum((h * k, h * k, hv * v)[: CONV_PARTS.index(spec.name)])
+    return given[0][0], torch.cat([tensor for _, tensor in given])[start : start + spec.shape[0]]
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
