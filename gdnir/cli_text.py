@@ -20,7 +20,7 @@ UNBROKEN = 4096
 
 class _IrHighlighter(RegexHighlighter):
     base_style = "ir."
-    highlights = [  # noqa: RUF012  (rich's own way)
+    highlights = [
         r"(?P<value>[%@](?:[A-Za-z_][\w.]*|\"[^\"]*\"))",
         r"(?P<type>\b(?:bf16|f16|f32|f64|i32|i64|bool|state|seq)(?=[\[<]))",
         r"(?P<op>[A-Za-z_][\w.]*)(?P<provider>@[A-Za-z_][\w-]*)?(?=\()",

@@ -53,8 +53,9 @@ def why(
     format: Annotated[Literal["text", "json"], typer.Option("--format", help="How to write the answer.")] = "text",
     plugin: PluginOption = None,
 ) -> None:
-    """Say which provider runs each op on a platform, for what reason, and why the others do not.
+    """Say who runs each op, and why the others do not.
 
+    For each node of the lowered graph: its provider, the reason, and the sentence of every provider that refused.
     A request that cannot be met is shown node by node, and exits with 1.
 
     \b
@@ -128,8 +129,8 @@ def _print(lowered: Lowered, fixed: bool) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(justify="right", style="dim", no_wrap=True)
     for _ in range(3):
-        table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
+    table.add_column(overflow="fold", min_width=24)
     table.add_row("", *(Text(name, style="bold") for name in ("op", "result", "provider", "why")))
     for index, (node, choice) in enumerate(zip(lowered.graph.nodes, lowered.choices, strict=False)):
         reason = Text(choice.reason)

@@ -22,13 +22,14 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gdnir.errors import ArgumentError, DTypeError, LayoutError, RegistryError, SeqError, ShapeError
 from gdnir.ir import Attr, Dim, SeqType, StateType, TensorType, Type
 
 FLOATS = ("bf16", "f16", "f32", "f64")
 _LETTER = re.compile(r"[A-Z][A-Za-z0-9]*|T")
-_BINARY: dict[type[ast.AST], Callable[[object, object], object]] = {
+_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
     ast.GtE: operator.ge, ast.Gt: operator.gt, ast.LtE: operator.le, ast.Lt: operator.lt,
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
@@ -45,8 +46,8 @@ def _evaluate(tree: ast.AST, names: Mapping[str, object]) -> object:
     match tree:
         case ast.Expression(body=body):
             return _evaluate(body, names)
-        case ast.Constant(value=value):
-            return value
+        case ast.Constant(value=constant):
+            return constant
         case ast.Name(id=name):
             value = names.get(name, name)
             if isinstance(value, str):

@@ -202,7 +202,9 @@ class Op:
                 None if t is None else recorder.value(s.name, t)
                 for s, t in zip(self.slots(len(types)), types, strict=True)
             ]
-            results = self.body(*operands, **attrs) if self.body is not None else self(*operands, **attrs)
+            results = (
+                self.body(*operands, **attrs) if self.body is not None else self(*operands, **dict[str, Any](attrs))
+            )
         results = results if isinstance(results, tuple) else (results,)
         inputs = tuple(x.value for x in operands if x is not None)
         return Graph(self.name, inputs, (), tuple(recorder.nodes), tuple(r.value for r in results))

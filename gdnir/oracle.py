@@ -102,4 +102,5 @@ def row_error(out: Tensor, reference: Tensor) -> Tensor:
     reference = reference.double().cpu()
     difference = torch.linalg.vector_norm(out.double().cpu() - reference, dim=-1)
     norm = torch.linalg.vector_norm(reference, dim=-1)
-    return difference / torch.where(norm > 0, norm, 1)
+    error: Tensor = difference / torch.where(norm > 0, norm, 1)
+    return error

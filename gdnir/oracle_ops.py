@@ -120,14 +120,14 @@ def in_proj(
     """x [T, D], w_qkvz [2 H K + 2 HV V, D] (rows q, k, v, z), w_ba [2 HV, D] (rows b, a) -> qkv, z [T, HV, V], b, a."""
     h, hv, dk, dv = heads
     y, ba = _wide(x) @ _wide(w_qkvz).T, _wide(x) @ _wide(w_ba).T
-    qkv, z = y.split([2 * h * dk + hv * dv, hv * dv], dim=1)
+    qkv, z = torch.split(y, [2 * h * dk + hv * dv, hv * dv], dim=1)
     return qkv, z.reshape(-1, hv, dv), ba[:, :hv], ba[:, hv:]
 
 
 def split_qkv(y: Tensor, *, heads: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, 2 H K + HV V] -> q, k [T, H, K], v [T, HV, V]."""
     h, hv, dk, dv = heads
-    q, k, v = _wide(y).split([h * dk, h * dk, hv * dv], dim=1)
+    q, k, v = torch.split(_wide(y), [h * dk, h * dk, hv * dv], dim=1)
     return q.reshape(-1, h, dk), k.reshape(-1, h, dk), v.reshape(-1, hv, dv)
 
 
@@ -137,7 +137,14 @@ def l2norm(x: Tensor, *, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) + eps)
 
 
-def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_eigval: bool) -> tuple[Tensor, Tensor]:
+def gdn_gate(
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor]:
     """g = -exp(A_log) log(1 + exp(a + dt_bias)), beta = sigmoid(b), doubled if `allow_neg_eigval`."""
     x = _wide(a) + _wide(dt_bias)
     g = -_wide(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))

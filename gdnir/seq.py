@@ -262,7 +262,7 @@ class Seq:
         """The part of a mixed batch that has this phase (possibly empty)."""
         if self.phase != "mixed":
             raise SeqError("Seq.part", "seq", expected="a mixed batch", got=f"a {self.phase} batch")
-        return self.parts[PARTS.index(phase)]  # type: ignore[arg-type]
+        return self.parts[PARTS.index(phase)]
 
     def part_tokens(self, phase: str) -> slice:
         """Where that part's tokens lie."""

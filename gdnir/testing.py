@@ -30,7 +30,12 @@ def batches(seed: int) -> list[Seq]:
         _unknown(Seq.prefill(turn([70, 3, 0]), slots=turn([0, 4, 2]), has_state=turn([True, False, True])), 70),
         _unknown(Seq.prefill(turn([65, 1, 64]), slots=turn([3, -1, 5]), has_state=turn([True, True, False])), 65),
         _unknown(Seq.decode(turn([6, 1, -1])), 1),
-        _unknown(Seq.verify(turn([3, 1, 0]), read_slots=turn([0, 1, 2]), write_slots=turn([[3, 4, 5], [6, 7, -1], [8, 9, 10]])), 3),
+        _unknown(
+            Seq.verify(
+                turn([3, 1, 0]), read_slots=turn([0, 1, 2]), write_slots=turn([[3, 4, 5], [6, 7, -1], [8, 9, 10]])
+            ),
+            3,
+        ),
     ]
 
 
@@ -54,7 +59,10 @@ def samples(op: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[
     pool = 12
     if op == "causal_conv1d":
         return [
-            ((rand(s.num_tokens, c), rand(c, 4), bias, rand(*((pool, c, 4) if layout == "cw" else (pool, 3, c))), s), dict(activation=act, conv_layout=layout))
+            (
+                (rand(s.num_tokens, c), rand(c, 4), bias, rand(*((pool, c, 4) if layout == "cw" else (pool, 3, c))), s),
+                dict(activation=act, conv_layout=layout),
+            )
             for s in batches(seed)
             for layout, act, bias in (("cw", "silu", None), ("wc", "none", rand(c)))
         ]
@@ -65,16 +73,30 @@ def samples(op: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[
                 n = s.num_tokens
                 q, key = (torch.nn.functional.normalize(rand(n, h, k), dim=-1) for _ in range(2))
                 state = rand(pool, hv, *((v, k) if layout == "vk" else (k, v)), as_=torch.float32)
-                found.append(((q.to(dtype), key.to(dtype), rand(n, hv, v), *gates(n), state, s), dict(scale=k**-0.5, state_layout=layout)))
+                found.append(
+                    (
+                        (q.to(dtype), key.to(dtype), rand(n, hv, v), *gates(n), state, s),
+                        dict(scale=k**-0.5, state_layout=layout),
+                    )
+                )
         return found
     if op == "zero_padding":
         return [((rand(s.num_tokens, hv, v), s), {}) for s in batches(seed)]
     simple: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "in_proj": [((rand(tokens, d), rand(c + hv * v, d), rand(2 * hv, d)), dict(heads=HEADS))],
         "split_qkv": [((rand(tokens, c),), dict(heads=HEADS))],
-        "l2norm": [((rand(tokens, h, k),), dict(eps=1e-6)), ((torch.zeros(tokens, h, k, dtype=dtype),), dict(eps=1e-6))],
-        "gdn_gate": [((rand(tokens, hv), rand(tokens, hv), rand(hv), rand(hv)), dict(allow_neg_eigval=neg)) for neg in (False, True)],
-        "gated_rmsnorm": [((rand(tokens, hv, v), rand(tokens, hv, v), rand(v)), dict(eps=1e-6, activation=a)) for a in ("silu", "sigmoid")],
+        "l2norm": [
+            ((rand(tokens, h, k),), dict(eps=1e-6)),
+            ((torch.zeros(tokens, h, k, dtype=dtype),), dict(eps=1e-6)),
+        ],
+        "gdn_gate": [
+            ((rand(tokens, hv), rand(tokens, hv), rand(hv), rand(hv)), dict(allow_neg_eigval=neg))
+            for neg in (False, True)
+        ],
+        "gated_rmsnorm": [
+            ((rand(tokens, hv, v), rand(tokens, hv, v), rand(v)), dict(eps=1e-6, activation=a))
+            for a in ("silu", "sigmoid")
+        ],
         "out_proj": [((rand(tokens, hv, v), rand(d, hv * v)), {})],
         "permute_rows": [((rand(24, 5),), dict(groups=2, splits=(3, 4, 5)))],
         "concat_rows": [((rand(3, 5), rand(4, 5)), {})],
@@ -103,7 +125,7 @@ def prove_native(op: str, first: Sequence[Any], second: Sequence[Any], attrs: di
                 operands[place] = operands[place].clone()
             if seq is not None:
                 operands[next(i for i, x in enumerate(first) if isinstance(x, Seq))] = dataclasses.replace(
-                    seq, **dict(zip(_BATCH, given, strict=True)), prepared={}
+                    seq, **dict[str, Any](zip(_BATCH, given, strict=True)), prepared={}
                 )
             out = run(*operands, **attrs)
             return [*(out if isinstance(out, tuple) else (out,)), *(operands[i] for i in states)]
@@ -130,7 +152,9 @@ def prove_native(op: str, first: Sequence[Any], second: Sequence[Any], attrs: di
         replayed, direct = recorded(*tensors(second)), flat(*tensors(second))
     for i, (a, b) in enumerate(zip(replayed, direct, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(bits(a), bits(b)):
-            raise PurityError(f"native {op}: result {i} of the recorded aten graph is not what native gives; it works outside aten.")
+            raise PurityError(
+                f"native {op}: result {i} of the recorded aten graph is not what native gives; it works outside aten."
+            )
     return len(calls)
 
 

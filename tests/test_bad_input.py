@@ -8,8 +8,21 @@ import torch
 import gdnir
 from gdnir import ops
 from gdnir.errors import (
-    ArgumentError, ConfigError, DeviceError, DTypeError, GdnirError, GradError, InputError, LayoutError, LoweringError,
-    PoolError, RegistryError, SeqError, ShapeError, VerifyError, WeightsError,
+    ArgumentError,
+    ConfigError,
+    DeviceError,
+    DTypeError,
+    GdnirError,
+    GradError,
+    InputError,
+    LayoutError,
+    LoweringError,
+    PoolError,
+    RegistryError,
+    SeqError,
+    ShapeError,
+    VerifyError,
+    WeightsError,
 )  # fmt: skip
 
 T, H, HV, K, V, C = 6, 2, 4, 8, 12, 80
@@ -18,13 +31,28 @@ seq = S.prefill([4, 2], slots=[0, 1])
 
 
 def rule(**changes):
-    a = dict(q=torch.randn(T, H, K), k=torch.randn(T, H, K), v=torch.randn(T, HV, V), g=-torch.rand(T, HV), beta=torch.rand(T, HV),
-             state=torch.zeros(3, HV, V, K), seq=seq, scale=1.0)
+    a = dict(
+        q=torch.randn(T, H, K),
+        k=torch.randn(T, H, K),
+        v=torch.randn(T, HV, V),
+        g=-torch.rand(T, HV),
+        beta=torch.rand(T, HV),
+        state=torch.zeros(3, HV, V, K),
+        seq=seq,
+        scale=1.0,
+    )
     return ops.gated_delta_rule(**{**a, **changes})
 
 
 def conv(**changes):
-    a = dict(qkv=torch.randn(T, C), weight=torch.randn(C, 4), bias=None, conv_state=torch.zeros(3, C, 3), seq=seq, activation="silu")
+    a = dict(
+        qkv=torch.randn(T, C),
+        weight=torch.randn(C, 4),
+        bias=None,
+        conv_state=torch.zeros(3, C, 3),
+        seq=seq,
+        activation="silu",
+    )
     return ops.causal_conv1d(**{**a, **changes})
 
 
@@ -34,7 +62,9 @@ def norm(**changes):
 
 
 def proj(**changes):
-    a = dict(x=torch.randn(T, 10), w_qkvz=torch.randn(C + HV * V, 10), w_ba=torch.randn(2 * HV, 10), heads=(H, HV, K, V))
+    a = dict(
+        x=torch.randn(T, 10), w_qkvz=torch.randn(C + HV * V, 10), w_ba=torch.randn(2 * HV, 10), heads=(H, HV, K, V)
+    )
     return ops.in_proj(**{**a, **changes})
 
 
@@ -50,8 +80,18 @@ OP_CASES = {
     "g bf16": (rule, dict(g=R(T, HV).bfloat16()), DTypeError, "g"),
     "head first": (rule, dict(q=R(H, T, K), k=R(H, T, K)), ShapeError, "q"),
     "HV not a multiple of H": (rule, dict(q=R(T, 3, K), k=R(T, 3, K)), ShapeError, None),
-    "q int": (rule, dict(q=torch.ones(T, H, K, dtype=torch.int64), k=torch.ones(T, H, K, dtype=torch.int64)), DTypeError, "q"),
-    "q bf16, v f16": (rule, dict(q=R(T, H, K).bfloat16(), k=R(T, H, K).bfloat16(), v=R(T, HV, V).half()), DTypeError, "v"),
+    "q int": (
+        rule,
+        dict(q=torch.ones(T, H, K, dtype=torch.int64), k=torch.ones(T, H, K, dtype=torch.int64)),
+        DTypeError,
+        "q",
+    ),
+    "q bf16, v f16": (
+        rule,
+        dict(q=R(T, H, K).bfloat16(), k=R(T, H, K).bfloat16(), v=R(T, HV, V).half()),
+        DTypeError,
+        "v",
+    ),
     "fp8": (rule, dict(q=R(T, H, K).to(torch.float8_e4m3fn)), DTypeError, "q"),
     "state heads 1": (rule, dict(state=torch.zeros(3, 1, V, K)), ShapeError, "state"),
     "state transposed": (rule, dict(state=torch.zeros(3, HV, K, V)), ShapeError, "state"),
@@ -109,8 +149,15 @@ i32 = torch.int32
 
 
 def tensors(**changes):
-    a = dict(phase="prefill", cu_seqlens=torch.tensor([0, 4, 6]), read_slots=torch.tensor([0, 1]), write_slots=torch.tensor([[0], [1]]),
-             has_state=torch.tensor([True, False]), num_tokens=6, max_len=4)
+    a = dict(
+        phase="prefill",
+        cu_seqlens=torch.tensor([0, 4, 6]),
+        read_slots=torch.tensor([0, 1]),
+        write_slots=torch.tensor([[0], [1]]),
+        has_state=torch.tensor([True, False]),
+        num_tokens=6,
+        max_len=4,
+    )
     return S.from_tensors(**{**a, **changes})
 
 
@@ -197,7 +244,10 @@ PLAN_CASES = {
     "full attention layer": (lambda: pool().layer(3), PoolError),
     "too many": (lambda: pool().allocate(4), PoolError),
     "free twice": (lambda: pool().free([0]), PoolError),
-    "missing weight": (lambda: gdnir.Plan(gdnir.lower(GRAPH, "cpu"), {k: v for k, v in WEIGHTS.items() if k != "norm"}), WeightsError),
+    "missing weight": (
+        lambda: gdnir.Plan(gdnir.lower(GRAPH, "cpu"), {k: v for k, v in WEIGHTS.items() if k != "norm"}),
+        WeightsError,
+    ),
     "weight shape": (lambda: gdnir.Plan(gdnir.lower(GRAPH, "cpu"), {**WEIGHTS, "norm": R(3)}), WeightsError),
     "not lowered": (lambda: gdnir.Plan(GRAPH, WEIGHTS), LoweringError),
     "other platform": (lambda: gdnir.Plan(gdnir.lower(GRAPH, "rocm:gfx942"), WEIGHTS), LoweringError),

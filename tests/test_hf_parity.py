@@ -11,8 +11,16 @@ from gdnir.models import load_weights, trace
 
 transformers = pytest.importorskip("transformers")
 LENGTHS = (1, 3, 63, 64, 65, 200)
-BASE = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64,
-            intermediate_size=64, max_position_embeddings=512)
+BASE = dict(
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
+    intermediate_size=64,
+    max_position_embeddings=512,
+)
 GDN = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=48)
 MOE = dict(moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
 
@@ -24,7 +32,9 @@ def _model(name):
         return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**BASE, **GDN))
     if name == "qwen3_5_moe":
         return transformers.Qwen3_5MoeForCausalLM(transformers.Qwen3_5MoeTextConfig(**BASE, **GDN, **MOE))
-    olmo = {k: v for k, v in BASE.items() if k != "head_dim"} | dict(num_key_value_heads=4, pad_token_id=0, eos_token_id=1)
+    olmo = {k: v for k, v in BASE.items() if k != "head_dim"} | dict(
+        num_key_value_heads=4, pad_token_id=0, eos_token_id=1
+    )
     return transformers.OlmoHybridForCausalLM(transformers.OlmoHybridConfig(**olmo))
 
 
@@ -87,7 +97,10 @@ def test_decode_continues_prefill(case, length):
     reference = _reference(config, weights, graphs["prefill"], x)
     cache = transformers.DynamicCache(config=copy.deepcopy(model.config))
     with torch.no_grad():
-        theirs, ours = [layer(x[None, :length], cache_params=cache)[0]], [plans["prefill"](x[:length], pool.layer(1), gdnir.Seq.prefill([length], slots=[0]))]
+        theirs, ours = (
+            [layer(x[None, :length], cache_params=cache)[0]],
+            [plans["prefill"](x[:length], pool.layer(1), gdnir.Seq.prefill([length], slots=[0]))],
+        )
         for t in range(length, length + steps):
             theirs.append(layer(x[None, t : t + 1], cache_params=cache)[0])
             ours.append(plans["decode"](x[t : t + 1], pool.layer(1), gdnir.Seq.decode([0])))

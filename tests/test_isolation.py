@@ -35,7 +35,13 @@ def parts(draw, phase, slots):
             targets = [-1] * width
         read.append(-1 if kind == "padding" else own)
         write.append(targets)
-        lengths.append(1 if phase == "decode" else draw(st.integers(0, width)) if phase == "verify" else draw(st.sampled_from([0, 1, 2, 3, 5, 64, 65])))
+        lengths.append(
+            1
+            if phase == "decode"
+            else draw(st.integers(0, width))
+            if phase == "verify"
+            else draw(st.sampled_from([0, 1, 2, 3, 5, 64, 65]))
+        )
         has_state.append(draw(st.booleans()))
     if phase == "decode":
         return Seq.decode(read_slots=read, write_slots=[w[0] for w in write], has_state=has_state), lengths
@@ -57,7 +63,14 @@ def batches(draw):
 @given(batches(), st.sampled_from(["vk", "kv"]), st.integers(0, 2**16), st.booleans())
 def test_only_written_slots_change(seq, layout, seed, through_device):
     random = torch.Generator().manual_seed(seed)
-    pool = gdnir.StatePool(CONFIG, slots=SLOTS, conv_dtype=torch.float32, layout=layout, conv_layout="cw" if layout == "vk" else "wc", layers=[0])
+    pool = gdnir.StatePool(
+        CONFIG,
+        slots=SLOTS,
+        conv_dtype=torch.float32,
+        layout=layout,
+        conv_layout="cw" if layout == "vk" else "wc",
+        layers=[0],
+    )
     states = pool.layer(0)
     written, read, padding_tokens, live_tokens, start = set(), set(), [], [], 0
     for part in seq.parts or (seq,):
@@ -79,7 +92,15 @@ def test_only_written_slots_change(seq, layout, seed, through_device):
     x = torch.randn(seq.num_tokens, 8, generator=random)
     x[padding_tokens] = float("nan")
     if through_device and seq.phase != "mixed":  # as an engine's buffers: the host knows nothing
-        seq = Seq.from_tensors(seq.phase, seq.cu_seqlens, seq.read_slots, seq.write_slots, seq.has_state, num_tokens=seq.num_tokens, max_len=seq.max_len)
+        seq = Seq.from_tensors(
+            seq.phase,
+            seq.cu_seqlens,
+            seq.read_slots,
+            seq.write_slots,
+            seq.has_state,
+            num_tokens=seq.num_tokens,
+            max_len=seq.max_len,
+        )
     out = PLANS[seq.phase, layout](x, states, seq)
     for old, new in zip(before, states, strict=True):
         for slot in range(SLOTS):
@@ -100,7 +121,11 @@ def test_any_split_of_a_sequence_gives_the_same(chunks, seed):
     whole = PLANS["prefill", "vk"](x, pools[0].layer(0), Seq.prefill([len(x)], slots=[0]))
     start, outs = 0, []
     for i, n in enumerate(chunks):
-        outs.append(PLANS["prefill", "vk"](x[start : start + n], pools[1].layer(0), Seq.prefill([n], slots=[0], has_state=i > 0)))
+        outs.append(
+            PLANS["prefill", "vk"](
+                x[start : start + n], pools[1].layer(0), Seq.prefill([n], slots=[0], has_state=i > 0)
+            )
+        )
         start += n
     torch.testing.assert_close(torch.cat(outs), whole, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(pools[1].layer(0).conv, pools[0].layer(0).conv, rtol=1e-5, atol=1e-6)

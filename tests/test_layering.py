@@ -7,8 +7,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "gdnir"
 ORDER = [
-    ("errors",), ("ir", "weights"), ("contract", "text", "seq_check"), ("op", "seq", "pool"), ("ops",), ("platforms", "oracle_ops"),
-    ("lowering",), ("passes", "oracle", "testing", "bind"), ("plugins",), ("models",), ("plan",), ("show",), ("cli_run",), ("cli",),
+    ("errors",),
+    ("ir", "weights"),
+    ("contract", "text", "seq_check"),
+    ("op", "seq", "pool"),
+    ("ops",),
+    ("platforms", "oracle_ops"),
+    ("lowering",),
+    ("passes", "oracle", "testing", "bind"),
+    ("plugins",),
+    ("models",),
+    ("plan",),
+    ("show",),
+    ("cli_run",),
+    ("cli",),
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names}
 
@@ -40,13 +52,17 @@ def test_no_upward_import():
                 assert LEVEL[rest[0]] < LEVEL[here], f"{path.name} imports {name} from above"
                 checked += 1
     assert checked > 80
-    assert {_module(p) for p in ROOT.rglob("*.py")} <= {*LEVEL, "__init__", "kernels"}, "a new module needs its place in ORDER"
+    assert {_module(p) for p in ROOT.rglob("*.py")} <= {*LEVEL, "__init__", "kernels"}, (
+        "a new module needs its place in ORDER"
+    )
 
 
 def test_native_imports_only_torch_and_gdnir():
     for path in (ROOT / "lowering").glob("native_*.py"):
         for name in _imports(path):
-            assert name.split(".")[0] in ("torch", "gdnir", "__future__", "collections", "typing", "math"), f"{path.name} imports {name}"
+            assert name.split(".")[0] in ("torch", "gdnir", "__future__", "collections", "typing", "math"), (
+                f"{path.name} imports {name}"
+            )
             assert "triton" not in name
 
 
@@ -73,4 +89,8 @@ def test_no_assert_for_users_and_nothing_evaluated():
 
 def test_import_is_light():
     code = "import gdnir, sys, torch; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules, 'triton'; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "PYTHONPATH": str(ROOT.parent)})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "PYTHONPATH": str(ROOT.parent)},
+    )

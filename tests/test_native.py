@@ -22,7 +22,13 @@ def _inputs(tokens, h=2, hv=4, k=16, v=24, keys="random", seed=0, dtype=torch.fl
     elif keys == "correlated":
         key = 4.3 * torch.randn(1, h, k) + key
     key = torch.nn.functional.normalize(key, dim=-1)
-    return q.to(dtype), key.to(dtype), torch.randn(tokens, hv, v).to(dtype), -torch.rand(tokens, hv) * 0.2, torch.rand(tokens, hv)
+    return (
+        q.to(dtype),
+        key.to(dtype),
+        torch.randn(tokens, hv, v).to(dtype),
+        -torch.rand(tokens, hv) * 0.2,
+        torch.rand(tokens, hv),
+    )
 
 
 def _check(inputs, state, seq, layout="vk", tolerance=1e-5):
@@ -39,7 +45,12 @@ def _check(inputs, state, seq, layout="vk", tolerance=1e-5):
 @pytest.mark.parametrize("length", [1, 3, 63, 64, 65, 200])
 @pytest.mark.parametrize("layout", ["vk", "kv"])
 def test_prefill_lengths(length, layout):
-    _check(_inputs(length), torch.randn(3, 4, *((24, 16) if layout == "vk" else (16, 24))), Seq.prefill([length], slots=[1], has_state=True), layout)
+    _check(
+        _inputs(length),
+        torch.randn(3, 4, *((24, 16) if layout == "vk" else (16, 24))),
+        Seq.prefill([length], slots=[1], has_state=True),
+        layout,
+    )
 
 
 @pytest.mark.parametrize("keys", ["random", "correlated", "identical"])
@@ -47,7 +58,12 @@ def test_prefill_lengths(length, layout):
 def test_hard_keys(keys, beta):
     q, k, v, g, b = _inputs(130, keys=keys)
     # identical keys with beta 1 overwrite one direction again and again: o is a difference of like numbers
-    _check((q, k, v, g, torch.full_like(b, beta)), torch.randn(2, 4, 24, 16), Seq.prefill([130], slots=[0], has_state=True), tolerance=3e-5 if beta < 2 else 1e-3)
+    _check(
+        (q, k, v, g, torch.full_like(b, beta)),
+        torch.randn(2, 4, 24, 16),
+        Seq.prefill([130], slots=[0], has_state=True),
+        tolerance=3e-5 if beta < 2 else 1e-3,
+    )
 
 
 @pytest.mark.parametrize("gate", [0.0, -20.0, -1e4, float("-inf")])
@@ -55,11 +71,16 @@ def test_hard_keys(keys, beta):
 def test_hard_gates(gate, where):
     q, k, v, g, b = _inputs(130)
     g = torch.full_like(g, gate) if where == "all" else torch.where(torch.rand_like(g) < 0.1, gate, g)
-    for seq in (Seq.prefill([130], slots=[0], has_state=True), Seq.prefill([65, 0, 65], slots=[0, 1, 2], has_state=True)):
+    for seq in (
+        Seq.prefill([130], slots=[0], has_state=True),
+        Seq.prefill([65, 0, 65], slots=[0, 1, 2], has_state=True),
+    ):
         state = torch.randn(3, 4, 24, 16)
         mine, theirs = state.clone(), state.double()
         o = native_impl.gated_delta_rule(q, k, v, g, b, mine, seq, scale=0.25, state_layout="vk")
-        ref = oracle_ops.gated_delta_rule(*(x.double() for x in (q, k, v, g, b)), theirs, seq, scale=0.25, state_layout="vk")
+        ref = oracle_ops.gated_delta_rule(
+            *(x.double() for x in (q, k, v, g, b)), theirs, seq, scale=0.25, state_layout="vk"
+        )
         assert torch.isfinite(o).all()
         assert torch.isfinite(mine).all()
         scale = torch.linalg.vector_norm(ref, dim=-1).median()
@@ -83,7 +104,11 @@ def test_batches(seq, poison):
     """Every phase; with poison, slots the batch does not read hold NaN and padding tokens are NaN."""
     inputs = _inputs(seq.num_tokens)
     state = torch.randn(12, 4, 24, 16)
-    rows = [(p, n, r, h) for p in (seq.parts or (seq,)) for n, (r, h) in enumerate(zip(p.read_slots.tolist(), p.has_state.tolist(), strict=True))]
+    rows = [
+        (p, n, r, h)
+        for p in (seq.parts or (seq,))
+        for n, (r, h) in enumerate(zip(p.read_slots.tolist(), p.has_state.tolist(), strict=True))
+    ]
     if poison:
         read = {r for _, _, r, h in rows if h and r >= 0}
         for slot in set(range(12)) - read:
@@ -99,7 +124,9 @@ def test_batches(seq, poison):
     outs = []
     for part in seq.parts or (seq,):
         at = seq.part_tokens(part.phase) if seq.parts else slice(None)
-        outs.append(oracle_ops.gated_delta_rule(*(x[at] for x in oracle_inputs), theirs, part, scale=0.25, state_layout="vk"))
+        outs.append(
+            oracle_ops.gated_delta_rule(*(x[at] for x in oracle_inputs), theirs, part, scale=0.25, state_layout="vk")
+        )
     ref = torch.cat(outs)
     if o.numel():
         assert float(oracle.row_error(o, ref).max()) <= 1e-5
@@ -111,7 +138,12 @@ def test_batches(seq, poison):
 def test_olmo_sizes_and_low_precision():
     for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 3e-2)):
         torch.manual_seed(0)
-        _check(_inputs(70, h=3, hv=3, k=96, v=192, dtype=dtype), torch.randn(1, 3, 192, 96), Seq.prefill([70], slots=[0], has_state=True), tolerance=tolerance)
+        _check(
+            _inputs(70, h=3, hv=3, k=96, v=192, dtype=dtype),
+            torch.randn(1, 3, 192, 96),
+            Seq.prefill([70], slots=[0], has_state=True),
+            tolerance=tolerance,
+        )
     inputs, seq = _inputs(3), Seq.decode([0, 1, 2])
     _check(inputs, torch.randn(3, 4, 24, 16).bfloat16(), seq, tolerance=3e-2)
 
@@ -134,6 +166,7 @@ def test_gradients_in_float64():
     q, k, v, g, b = (x.double() for x in _inputs(5, h=1, hv=2, k=3, v=2))
     state = torch.randn(2, 2, 2, 3, dtype=torch.float64)
     for seq in (Seq.prefill([4, 1], slots=[0, 1], has_state=True), Seq.prefill([4, 1], slots=[0, -1], has_state=True)):
+
         def run(*x, seq=seq):
             s = x[5].clone()
             return native_rule.gated_delta_rule(*x[:5], s, seq, scale=0.5, state_layout="vk"), s
@@ -141,10 +174,21 @@ def test_gradients_in_float64():
         assert torch.autograd.gradcheck(run, [x.clone().requires_grad_() for x in (q, k, v, g, b, state)])
 
 
-PROVABLE = [op for op in sorted(OPS) if not OPS[op].fused and not op.startswith("example") and op not in ("seq_part", "slice_tokens")]
+PROVABLE = [
+    op
+    for op in sorted(OPS)
+    if not OPS[op].fused and not op.startswith("example") and op not in ("seq_part", "slice_tokens")
+]
 
 
-@pytest.mark.parametrize("op", [op for op in PROVABLE if "native" in LOWERINGS.get(op, {}) and LOWERINGS[op]["native"].origin.startswith("gdnir.")])
+@pytest.mark.parametrize(
+    "op",
+    [
+        op
+        for op in PROVABLE
+        if "native" in LOWERINGS.get(op, {}) and LOWERINGS[op]["native"].origin.startswith("gdnir.")
+    ],
+)
 def test_native_is_torch(op):
     calls = 0
     for first, second in zip(testing.samples(op, 0), testing.samples(op, 1), strict=True):
@@ -154,6 +198,7 @@ def test_native_is_torch(op):
 
 def test_the_proof_can_fail():
     """A lowering that reads the host is caught."""
+
     def cheat(x, *, eps):
         return x * float(x.sum()) if eps else x
 
@@ -176,14 +221,19 @@ def test_every_op_has_native_or_a_body():
 @pytest.mark.parametrize("width", [3, 4, 6])
 @pytest.mark.parametrize("layout", ["cw", "wc"])
 def test_conv_state_of_any_width(width, layout):
-    for seq in (Seq.prefill([1, 2, 70, 0], slots=[0, 1, 2, 3], has_state=[True, False, True, True]), Seq.decode([4, 2]),
-                Seq.verify([2, 1], read_slots=[0, 1], write_slots=[[2, 3], [4, 5]])):
+    for seq in (
+        Seq.prefill([1, 2, 70, 0], slots=[0, 1, 2, 3], has_state=[True, False, True, True]),
+        Seq.decode([4, 2]),
+        Seq.verify([2, 1], read_slots=[0, 1], write_slots=[[2, 3], [4, 5]]),
+    ):
         torch.manual_seed(1)
         x, w, bias = torch.randn(seq.num_tokens, 10), torch.randn(10, 4), torch.randn(10)
         pool = torch.randn(6, *((10, width) if layout == "cw" else (width, 10)))
         mine, theirs = pool.clone(), pool.double()
         for activation in ("silu", "none"):
             y = native_impl.causal_conv1d(x, w, bias, mine, seq, activation=activation, conv_layout=layout)
-            ref = oracle_ops.causal_conv1d(x.double(), w.double(), bias.double(), theirs, seq, activation=activation, conv_layout=layout)
+            ref = oracle_ops.causal_conv1d(
+                x.double(), w.double(), bias.double(), theirs, seq, activation=activation, conv_layout=layout
+            )
             assert float(oracle.row_error(y, ref).max()) <= 1e-5
             assert torch.equal(mine.double(), theirs)

@@ -12,7 +12,9 @@ from gdnir.passes import DEFAULT_PIPELINE
 from gdnir.passes.base import Pipeline
 from gdnir.text import parse
 
-names = st.one_of(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}(\.[a-z0-9]{1,3})?", fullmatch=True), st.text(min_size=0, max_size=8))
+names = st.one_of(
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}(\.[a-z0-9]{1,3})?", fullmatch=True), st.text(min_size=0, max_size=8)
+)
 dims = st.one_of(st.integers(0, 2**40), st.sampled_from(["T", "S", "T.decode", "odd dim"]))
 shapes = st.lists(dims, max_size=4).map(tuple)
 dtypes = st.sampled_from(sorted(DTYPES))
@@ -44,7 +46,9 @@ def graphs(draw):
         operands = tuple(draw(st.lists(choose, max_size=4)))
         results = tuple(value() for _ in range(draw(st.integers(1, 3))))
         attrs = tuple(draw(st.dictionaries(names, attr_values, max_size=3)).items())
-        nodes.append(Node(draw(names), operands, results, attrs, draw(st.one_of(st.none(), names)), draw(st.booleans())))
+        nodes.append(
+            Node(draw(names), operands, results, attrs, draw(st.one_of(st.none(), names)), draw(st.booleans()))
+        )
         known += results
     outputs = tuple(draw(st.lists(st.sampled_from(known), max_size=3))) if known else ()
     return Graph(draw(names), tuple(inputs), tuple(weights), tuple(nodes), outputs)
@@ -59,14 +63,16 @@ def test_round_trip(graph):
 
 def test_special_floats_survive():
     for value in (math.inf, -math.inf, math.nan, 1e-6, -0.0, 1e300):
-        node = Node("f", (), (Value("y", TensorType("f32", ())),), (("a", value), ("list", (value, "nan", None, True, 1))))
+        node = Node(
+            "f", (), (Value("y", TensorType("f32", ())),), (("a", value), ("list", (value, "nan", None, True, 1)))
+        )
         graph = Graph("g", (), (), (node,), ())
         assert parse(str(graph)) == graph
     different = Graph("g", (), (), (Node("f", (), (Value("y", TensorType("f32", ())),), (("a", 1.0),)),), ())
     assert parse(str(graph)) != different
 
 
-GOOD = 'gdnir 1\ngraph @g (%x: f32[T]) weights {} {\n  %y: f32[T] = f(%x) {a=1}\n  return %y\n}\n'
+GOOD = "gdnir 1\ngraph @g (%x: f32[T]) weights {} {\n  %y: f32[T] = f(%x) {a=1}\n  return %y\n}\n"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,10 @@ def test_pipeline_round_trip():
     for text in (DEFAULT_PIPELINE, "", "fuse{op=conv_prep}", 'split-mixed{whole=["in_proj"]},lower'):
         assert str(Pipeline.parse(text)) == text
         assert Pipeline.parse(str(Pipeline.parse(text))) == Pipeline.parse(text)
-    for text, says in (("fuze", "Did you mean `fuse`"), ("fuse{ops=a}", "Did you mean `op`"), ("fuse lower", "expected `,`")):
+    for text, says in (
+        ("fuze", "Did you mean `fuse`"),
+        ("fuse{ops=a}", "Did you mean `op`"),
+        ("fuse lower", "expected `,`"),
+    ):
         with pytest.raises(ParseError, match=says):
             Pipeline.parse(text)

@@ -6,8 +6,6 @@ Shared by all three kernels:
   Metadata is read on the device and never trusted: a bad slot or a malformed cu_seqlens must not become a bad address.
 """
 
-# ruff: noqa: RUF005, SIM102  (tuples grow by + because Triton compiles no unpacking; nested ifs because `and` loads both)
-
 import triton
 import triton.language as tl
 

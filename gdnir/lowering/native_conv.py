@@ -53,9 +53,11 @@ def causal_conv1d(
 
     if prefill:
         store(pool, rows.write[:, 0], _last(qkv, before, rows), None if rows.stored is None else rows.stored[:, 0])
-    for t in range(0 if prefill else steps):
-        keep = None if decode and rows.live is None else valid[:, t] if rows.stored is None else valid[:, t] & rows.stored[:, t]
-        store(pool, rows.write[:, t], window[:, t + 1 : t + 1 + past], keep)
+    else:
+        every = decode and rows.live is None
+        keep = valid if rows.stored is None else valid & rows.stored[:, :steps]
+        for t in range(steps):
+            store(pool, rows.write[:, t], window[:, t + 1 : t + 1 + past], None if every else keep[:, t])
 
     if decode:
         return (y[:, 0] if rows.live is None else y[:, 0].masked_fill(~valid, 0)).to(qkv.dtype)
@@ -65,7 +67,7 @@ def causal_conv1d(
 
 
 def _packed(qkv: Tensor, taps: Tensor, offset: Tensor, rows: Rows, activation: str | None) -> Tensor:
-    """The convolution of qkv [T, C] as one sequence, zero at tokens that no row has -> [T + 1, C], the last row unset."""
+    """The convolution of qkv [T, C] as one sequence, zero at tokens that no row has -> [T + 1, C]."""
     (tokens, channels), past = qkv.shape, taps.shape[0] - 1
     out = qkv.new_empty((tokens + 1, channels))
     one = torch.ones_like(rows.start)

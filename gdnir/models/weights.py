@@ -16,7 +16,6 @@ from gdnir.models.config import family
 from gdnir.models.family import GdnConfig, WeightSpec
 from gdnir.weights import Weights
 
-
 CONV_PARTS = ("q_conv1d", "k_conv1d", "v_conv1d")
 
 

@@ -97,6 +97,7 @@ class _Split:
             return self.state.get(root, root)
         if value.weight or (part, value) in self.here:
             return self.here.get((part, value), value)
+        node: tuple[str, tuple[Value, ...]]
         if isinstance(value.type, SeqType):
             node = ("seq_part", (value,))
         elif isinstance(value.type, TensorType) and value.type.shape[:1] == (_tokens(self.seq),):
