@@ -133,8 +133,8 @@ def _graph(model: str, phase: Phase | None, region: Region | None, dtype: str, s
         region=(region or Region.layer).value,
         dtype=_dtype(dtype),
         state_dtype=_dtype(state_dtype),
-        state_layout=layout,
-    )  # type: ignore[arg-type]
+        state_layout=layout,  # type: ignore[arg-type]
+    )
 
 
 def _lowered(

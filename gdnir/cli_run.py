@@ -54,7 +54,7 @@ def run_layer(
         )
         graphs: dict[str, Graph] = {
             p: trace(config, phase=p, dtype=dtype, state_dtype=state_dtype) for p in ("prefill", "decode")
-        }  # type: ignore[arg-type]
+        }
         plans = {p: Plan(lower(g, here, providers=providers), weights) for p, g in graphs.items()}
         pool = StatePool(config, slots=2, dtype=state_dtype, conv_dtype=dtype, layers=[layer], device=device)
         random = torch.Generator().manual_seed(seed + 1)

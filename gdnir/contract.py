@@ -10,8 +10,9 @@
     shape     = dim ("." dim)*; a dim is a letter, a number, an expression (`2*H*K`), `_` (any size) or `*` (any rest)
 
 `seq` alone is the batch's metadata and gives T its value. A result with an operand's name keeps that value's
-name in graphs; if the operand is a state, the result is that state, updated. Conditions (`P >= W - 1`, `eps > 0`) may use letters and attributes. The same contract checks the
-symbolic types of a graph and the real sizes of tensors.
+name in graphs; if the operand is a state, the result is that state, updated. Conditions (`P >= W - 1`,
+`eps > 0`) may use letters and attributes. The same contract checks the symbolic types of a graph and the real
+sizes of tensors.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from gdnir.lowering import triton_launch
 
 NAN = float("nan")
 CANARY = 64
-ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 / 2}
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclasses.dataclass(frozen=True)
