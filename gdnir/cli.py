@@ -393,7 +393,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except GdnirError as error:
         sys.exit(_fail(error).exit_code)
     except BrokenPipeError:
-        sys.stderr.close()
         sys.exit(0)
 
 
