@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import platform as machine
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,19 +12,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import gdnir
-from gdnir import cli_run, plugins, show
-from gdnir.errors import GdnirError, LoweringError, closest
+from gdnir import cli_list, cli_run, show
+from gdnir.cli_list import PlatformOption, PluginOption
+from gdnir.errors import GdnirError, LoweringError, ParseError, VerifyError, closest
 from gdnir.ir import DTYPES, Graph
-from gdnir.lowering import LOWERINGS, providers
-from gdnir.models import builtins, config, trace
-from gdnir.models.config import ALIASES
+from gdnir.lowering.choose import Target, candidates, refusal
+from gdnir.models import config, trace
 from gdnir.op import OPS
 from gdnir.passes import DEFAULT_PIPELINE, Lowered, lower
-from gdnir.passes.base import PASSES, Step
-from gdnir.platforms import PLATFORMS, detect, get_platform
+from gdnir.passes.base import Step
+from gdnir.platforms import detect, get_platform
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="gdnir: a kernel IR for Gated Delta Net layers. Start with: gdnir dump qwen3-next",
 )
+app.add_typer(cli_list.app)
 MODEL_HELP = "A built-in name (see `gdnir models`), a config.json, a checkpoint folder, or a file of IR text."
 
 
@@ -44,6 +41,11 @@ class Format(str, Enum):
     dot = "dot"
     mermaid = "mermaid"
     svg = "svg"
+
+
+class WhyFormat(str, Enum):
+    text = "text"
+    json = "json"
 
 
 class Phase(str, Enum):
@@ -59,24 +61,19 @@ class Region(str, Enum):
 
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-PlatformOption = Annotated[
-    str | None, typer.Option("--platform", help="What to lower for, such as cuda:sm_90. Default: this machine.")
-]
 PhaseOption = Annotated[Phase | None, typer.Option(help="Default: prefill.")]
 RegionOption = Annotated[Region | None, typer.Option(help="layer, or core: without the projections. Default: layer.")]
-DtypeOption = Annotated[str, typer.Option(help="Activations: bf16, f16 or f32.")]
-StateOption = Annotated[str, typer.Option("--state-dtype", help="Recurrent state: f32 or bf16.")]
-LayoutOption = Annotated[str, typer.Option("--state-layout", help="vk or kv.")]
+DtypeOption = Annotated[str | None, typer.Option(help="Activations: bf16, f16 or f32. Default: bf16.")]
+StateOption = Annotated[str | None, typer.Option("--state-dtype", help="Recurrent state: f32 or bf16. Default: f32.")]
+LayoutOption = Annotated[str | None, typer.Option("--state-layout", help="vk or kv. Default: vk.")]
 PipelineOption = Annotated[
-    str, typer.Option("-p", "--pipeline", help="Passes to run, such as fold-weights,fuse{op=conv_prep},lower.")
+    str | None,
+    typer.Option("-p", "--pipeline", help=f"Passes to run, with options. Default: {DEFAULT_PIPELINE}."),
 ]
 ProviderOption = Annotated[
     list[str] | None, typer.Option("--provider", help="op=first,second: the exhaustive list for an op. Repeatable.")
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse native on anything but a CPU.")]
-PluginOption = Annotated[
-    list[str] | None, typer.Option("--plugin", help="Load this installed plugin first. Repeatable.")
-]
 
 
 def _fail(error: Exception | str, code: int = 2) -> typer.Exit:
@@ -108,7 +105,9 @@ def _requests(given: list[str] | None) -> dict[str, list[str]]:
             raise GdnirError(
                 f"--provider {item}: expected op=provider,provider, such as gated_delta_rule=triton,native."
             )
-        table[op] = names.split(",")
+        if op in table:
+            raise GdnirError(f"--provider: two lists for {op}; a list is exhaustive. Write --provider {op}=a,b once.")
+        table[op] = [name.strip() for name in names.split(",")]
     return table
 
 
@@ -118,23 +117,44 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _graph(model: str, phase: Phase | None, region: Region | None, dtype: str, state_dtype: str, layout: str) -> Graph:
+def _is_text(model: str) -> bool:
+    """Whether MODEL is a file of IR text."""
+    return Path(model).is_file() and Path(model).suffix != ".json"
+
+
+def _graph(
+    model: str,
+    phase: Phase | None,
+    region: Region | None,
+    dtype: str | None,
+    state_dtype: str | None,
+    state_layout: str | None,
+) -> Graph:
     """The traced graph of a model, or the graph in a file of IR text."""
-    path = Path(model)
-    if path.is_file() and path.suffix != ".json":
-        if phase or region:
-            raise GdnirError(f"{model} is IR text: its phase and region are what it says. Drop --phase and --region.")
-        graph = gdnir.parse(path.read_text(encoding="utf-8"))
-        gdnir.verify(graph)
+    if _is_text(model):
+        given = dict(phase=phase, region=region, dtype=dtype, state_dtype=state_dtype, state_layout=state_layout)
+        _refuse(given, f"{model} is IR text, which says these itself.")
+        try:
+            graph = gdnir.parse(Path(model).read_text(encoding="utf-8"))
+            gdnir.verify(graph)
+        except (OSError, UnicodeDecodeError, ParseError, VerifyError) as error:
+            raise GdnirError(f"{model}: {error}") from error
         return graph
     return trace(
         config(model),
         phase=(phase or Phase.prefill).value,
         region=(region or Region.layer).value,
-        dtype=_dtype(dtype),
-        state_dtype=_dtype(state_dtype),
-        state_layout=layout,  # type: ignore[arg-type]
+        dtype=_dtype(dtype or "bf16"),
+        state_dtype=_dtype(state_dtype or "f32"),
+        state_layout=state_layout or "vk",  # type: ignore[arg-type]
     )
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """GdnirError if any of these options was given where it would have no effect: nothing is ignored silently."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if names:
+        raise GdnirError(f"{why} Drop {' and '.join(names)}.")
 
 
 def _lowered(
@@ -142,12 +162,14 @@ def _lowered(
     platform: str | None,
     given: list[str] | None,
     strict: bool,
-    pipeline: str,
+    pipeline: str | None,
     observe: Callable[[Step], None] | None = None,
 ) -> Lowered:
     if graph.nodes and all(n.provider for n in graph.nodes):
+        _refuse(dict(provider=given, strict=strict, pipeline=pipeline), "The text is lowered already: no pass runs.")
         return Lowered.of(graph, platform)
-    return lower(graph, platform, providers=_requests(given), strict=strict, pipeline=pipeline, observe=observe)
+    passes = DEFAULT_PIPELINE if pipeline is None else pipeline
+    return lower(graph, platform, providers=_requests(given), strict=strict, pipeline=passes, observe=observe)
 
 
 def _print_step(step: Step) -> None:
@@ -167,10 +189,10 @@ def dump(
     platform: PlatformOption = None,
     phase: PhaseOption = None,
     region: RegionOption = None,
-    dtype: DtypeOption = "bf16",
-    state_dtype: StateOption = "f32",
-    state_layout: LayoutOption = "vk",
-    pipeline: PipelineOption = DEFAULT_PIPELINE,
+    dtype: DtypeOption = None,
+    state_dtype: StateOption = None,
+    state_layout: LayoutOption = None,
+    pipeline: PipelineOption = None,
     provider: ProviderOption = None,
     strict: StrictOption = False,
     no_lower: Annotated[bool, typer.Option("--no-lower", help="The traced graph, before any pass.")] = False,
@@ -188,6 +210,9 @@ def dump(
     gdnir.load_plugins(plugin or [])
     graph = _graph(model, phase, region, dtype, state_dtype, state_layout)
     observe = _print_step if print_ir_after_all else None
+    if no_lower:
+        passes = dict(provider=provider, strict=strict, pipeline=pipeline, print_ir_after_all=print_ir_after_all)
+        _refuse(passes, "--no-lower runs no pass.")
     lowered = (
         Lowered(graph, get_platform(platform))
         if no_lower
@@ -203,8 +228,11 @@ def dump(
     text = writers[format]()
     if output is None:
         sys.stdout.write(text)
-    else:
+        return
+    try:
         output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise GdnirError(f"-o {output}: cannot be written ({error.strerror}).") from error
 
 
 @app.command()
@@ -213,13 +241,13 @@ def why(
     platform: PlatformOption = None,
     phase: PhaseOption = None,
     region: RegionOption = None,
-    dtype: DtypeOption = "bf16",
-    state_dtype: StateOption = "f32",
-    state_layout: LayoutOption = "vk",
-    pipeline: PipelineOption = DEFAULT_PIPELINE,
+    dtype: DtypeOption = None,
+    state_dtype: StateOption = None,
+    state_layout: LayoutOption = None,
+    pipeline: PipelineOption = None,
     provider: ProviderOption = None,
     strict: StrictOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The choices as JSON.")] = False,
+    format: Annotated[WhyFormat, typer.Option("--format", help="How to print it.")] = WhyFormat.text,
     plugin: PluginOption = None,
 ) -> None:
     """Say, op by op, which provider was chosen, and every refusal's sentence. Exit 1 if a request cannot be met.
@@ -228,20 +256,40 @@ def why(
     """
     gdnir.load_plugins(plugin or [])
     graph = _graph(model, phase, region, dtype, state_dtype, state_layout)
-    lowered = _lowered(graph, platform, provider, strict, pipeline)
-    if as_json:
+    steps: list[Step] = []
+    try:
+        lowered = _lowered(graph, platform, provider, strict, pipeline, steps.append)
+    except LoweringError:
+        if format == WhyFormat.text:
+            _print_unmet(steps[-1].result.graph if steps else graph, platform, provider, strict)
+        raise
+    if format == WhyFormat.json:
         sys.stdout.write(show.to_json(lowered, gdnir.__version__))
         return
     print(f"@{graph.name} on {lowered.platform}")
-    if not lowered.choices:
+    if not lowered.choices and all(n.provider for n in graph.nodes):
         print("The text names its providers itself; nothing was chosen.")
     for node, choice in zip(lowered.graph.nodes, lowered.choices, strict=False):
         print(f"\n{', '.join(map(str, node.results))} = {choice.op}\n  {choice.provider}: chosen, {choice.reason}")
-        for refusal in choice.refusals:
-            print(f"  {refusal.provider}: refused, {refusal.reason}")
+        for said in choice.refusals:
+            print(f"  {said.provider}: refused, {said.reason}")
     print("\npasses")
     for name, note in lowered.notes:
         print(f"  {name}: {note}")
+
+
+def _print_unmet(graph: Graph, platform: str | None, given: list[str] | None, strict: bool) -> None:
+    """Every node that no provider takes, not only the first, with each refusal."""
+    requests = {op: tuple(names) for op, names in _requests(given).items()}
+    target = Target(get_platform(platform), requests, strict)
+    print(f"@{graph.name} on {target.platform}: cannot be met")
+    for node in graph.nodes:
+        op, types = OPS[node.op], [v if v is None else v.type for v in node.operands]
+        said = [(p, refusal(op, p, types, dict(node.attrs), target)) for p in candidates(op, target)]
+        if not node.folded and all(reason is not None for _, reason in said):
+            print(f"\n{', '.join(map(str, node.results))} = {node.op}")
+            for provider, reason in said:
+                print(f"  {provider}: refused, {reason}")
 
 
 @app.command()
@@ -250,7 +298,7 @@ def run(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
     decode: Annotated[int, typer.Option(min=0, help="Steps of decode after it.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="Default: f32 on a CPU, bf16 on a GPU.")] = None,
-    state_dtype: StateOption = "f32",
+    state_dtype: StateOption = None,
     layer: Annotated[
         int | None, typer.Option(help="The model's own layer index. Default: its first GDN layer.")
     ] = None,
@@ -266,122 +314,16 @@ def run(
     Example: gdnir run qwen3-next --tokens 512 --decode 16 --check
     """
     gdnir.load_plugins(plugin or [])
+    if _is_text(model):
+        raise GdnirError(f"run needs a model, which has weights and states; {model} is IR text.")
     folder = Path(model) if Path(model).is_dir() else None
     name = dtype or ("f32" if detect().device == "cpu" else "bf16")
     passed = cli_run.run_layer(
-        Console(), config(model), folder, tokens=tokens, decode=decode, dtype=_dtype(name), state_dtype=_dtype(state_dtype),
+        Console(), config(model), folder, tokens=tokens, decode=decode, dtype=_dtype(name), state_dtype=_dtype(state_dtype or "f32"),
         layer=layer, seed=seed, providers=_requests(provider), check=check,
     )  # fmt: skip
     if not passed:
         raise _fail("the layer does not agree with the float64 oracle.", 1)
-
-
-@app.command()
-def ops(
-    name: Annotated[str | None, typer.Argument(help="One op, in full.")] = None, plugin: PluginOption = None
-) -> None:
-    """List the ops, or explain one."""
-    gdnir.load_plugins(plugin or [])
-    if name is None:
-        for op in OPS.values():
-            print(f"{op.name:18} {'fused ' if op.fused else ''}{op.doc.splitlines()[0] if op.doc else ''}")
-        return
-    if name not in OPS:
-        raise GdnirError(f"unknown op `{name}`. {closest(name, OPS)}")
-    op = OPS[name]
-    print(
-        f"{op.name}   ({'fused op' if op.fused else 'op'} of {op.origin})\n\n{op.contract.text}\n\n{op.doc}\n\nattributes"
-    )
-    for spec in op.attrs:
-        print(
-            f"  {spec.name}: {getattr(spec.annotation, '__name__', spec.annotation)}"
-            + ("" if spec.required else f" = {spec.default!r}")
-        )
-    print("providers\n  " + ", ".join(LOWERINGS.get(name, {}) or ["native (its body)"]))
-
-
-@app.command("providers")
-def list_providers(platform: PlatformOption = None, plugin: PluginOption = None) -> None:
-    """List who can run what, where each lowering comes from, and which plugins are installed."""
-    gdnir.load_plugins(plugin or [])
-    target = get_platform(platform)
-    print(f"on {target}")
-    for provider in providers():
-        print(f"\n{provider}")
-        for op, known in LOWERINGS.items():
-            if provider in known:
-                lowering = known[provider]
-                reason = lowering.available(target) if lowering.available else None
-                print(f"  {op:18} {lowering.origin}" + (f"\n    not here: {reason}" if reason else ""))
-    print("\nplugins")
-    for p in plugins.installed():
-        print(
-            f"  {p.name} ({p.distribution} {p.version}, {p.group}): {'loaded' if p.loaded else 'installed, not loaded'}"
-        )
-    if not plugins.installed():
-        print("  none installed")
-
-
-@app.command("platforms")
-def list_platforms(plugin: PluginOption = None) -> None:
-    """List the platforms and their facts."""
-    gdnir.load_plugins(plugin or [])
-    table = Table(box=None)
-    for name in ("platform", "GB/s", "bf16 TFLOP/s", "KB shared", "cores", "order", "source"):
-        table.add_column(name, overflow="fold")
-
-    def number(value: float | None, unit: float) -> str:
-        return "-" if value is None else f"{value / unit:,.0f}"
-
-    for p in PLATFORMS.values():
-        table.add_row(
-            p.name,
-            number(p.bandwidth, 1e9),
-            number(p.matrix_rate, 1e12),
-            number(p.shared_memory, 1024),
-            number(p.cores, 1),
-            ", ".join((*p.order, "native")),
-            p.source,
-        )
-    Console().print(table)
-    print(f"this machine: {detect()}")
-
-
-@app.command("passes")
-def list_passes() -> None:
-    """List the passes and the default pipeline."""
-    for name, cls in PASSES.items():
-        print(f"{name}\n  {' '.join((cls.__doc__ or '').split())}\n")
-    print(f"default pipeline: {DEFAULT_PIPELINE}")
-
-
-@app.command("models")
-def list_models() -> None:
-    """List the built-in models and where their sizes come from."""
-    for name, c in builtins().items():
-        aliases = [a for a, target in ALIASES.items() if target == name]
-        h, hv, k, v = c.heads
-        print(f"{name}" + (f" ({', '.join(aliases)})" if aliases else ""))
-        print(
-            f"  D {c.hidden_size}, H {h}, HV {hv}, K {k}, V {v}, W {c.conv_width}; {len(c.layers)} of {c.num_layers} layers are GDN"
-        )
-        print(f"  from {c.source}")
-
-
-@app.command("collect-env")
-def collect_env() -> None:
-    """Print what a bug report needs."""
-    print(f"gdnir {gdnir.__version__}\npython {machine.python_version()} on {machine.platform()}")
-    for name in ("torch", "triton", "transformers", "safetensors", "networkx", "numpy"):
-        try:
-            print(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            print(f"{name} not installed")
-    here = detect()
-    print(f"platform {here}, software: {', '.join(sorted(here.software)) or 'none'}, threads {torch.get_num_threads()}")
-    if here.device == "cuda":
-        print(f"gpu {torch.cuda.get_device_name()}, driver CUDA {torch.version.cuda or torch.version.hip}")
-    print("plugins " + json.dumps([f"{p.name} {p.version}" for p in plugins.installed()]))
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -115,20 +115,22 @@ def _times(
     prefill: list[tuple[Node, float]],
     decode: list[list[tuple[Node, float]]],
 ) -> None:
-    steps = (
-        [statistics.median(spans[i][1] for spans in decode) for i in range(len(decode[0]))]
-        if decode
-        else [0.0] * len(prefill)
-    )
+    """A section for each phase: their graphs need not have the same nodes."""
     table = Table(title=f"{config.name}: one GDN layer on {platform}, {str(dtype).removeprefix('torch.')}")
-    for name in ("op", "provider", f"prefill of {tokens}, ms", f"decode step, ms (median of {len(decode)})"):
-        table.add_column(name, justify="left" if name in ("op", "provider") else "right")
-    for (node, seconds), each in zip(prefill, steps, strict=False):
-        table.add_row(node.op, node.provider or "", f"{seconds * 1e3:.3f}", f"{each * 1e3:.3f}")
-    total, step = sum(s for _, s in prefill), sum(steps)
-    table.add_section()
-    table.add_row("all", "", f"{total * 1e3:.3f}", f"{step * 1e3:.3f}")
-    table.add_row("tokens/s", "", f"{tokens / total:,.0f}" if total else "-", f"{1 / step:,.0f}" if step else "-")
+    for name in ("op", "provider", "ms"):
+        table.add_column(name, justify="right" if name == "ms" else "left")
+    sections = [(f"prefill of {tokens} tokens", prefill, tokens)]
+    if decode:
+        steps = [(node, statistics.median(spans[i][1] for spans in decode)) for i, (node, _) in enumerate(decode[0])]
+        sections.append((f"decode step, median of {len(decode)}", steps, 1))
+    for title, rows, count in sections:
+        table.add_row(f"[bold]{title}[/]")
+        for node, seconds in rows:
+            table.add_row(f"  {node.op}", node.provider or "", f"{seconds * 1e3:.3f}")
+        total = sum(seconds for _, seconds in rows)
+        table.add_row("  all", "", f"{total * 1e3:.3f}")
+        table.add_row("  tokens/s", "", f"{count / total:,.0f}" if total else "-")
+        table.add_section()
     console.print(table)
 
 

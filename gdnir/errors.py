@@ -91,9 +91,11 @@ class PurityError(GdnirError, RuntimeError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the likely meaning of a misspelt `name`, or the known ones."""
+    """A hint that names the likely meaning of a misspelt `name`, and the known ones while they fit on a line."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return f"Did you mean {' or '.join(f'`{n}`' for n in near)}?"
-    return f"Known: {', '.join(known) or 'none'}."
+    every = f"Known: {', '.join(known) or 'none'}."
+    if not near:
+        return every
+    meant = f"Did you mean {' or '.join(f'`{n}`' for n in near)}?"
+    return f"{meant} {every}" if len(every) <= 100 else meant

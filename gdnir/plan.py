@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,25 +25,17 @@ from gdnir.errors import (
     ShapeError,
 )
 from gdnir.ir import DTYPE_NAMES, Graph, Node, SeqType, StateType, TensorType, Type, Value
-from gdnir.lowering import Lowering, find
-from gdnir.lowering.eager import check_distinct, check_no_grad, prepared
-from gdnir.op import infer_node, lookup
+from gdnir.lowering import find
+from gdnir.lowering.eager import check_distinct, check_no_grad
+from gdnir.op import infer_node
 from gdnir.passes import Lowered
+from gdnir.plan_code import Run, signature_of, straight_line
 from gdnir.platforms import detect
 from gdnir.pool import LayerState
 from gdnir.seq import Seq
 from gdnir.weights import Weights
 
 MAX_SIGNATURES = 1024
-
-
-class _Step(NamedTuple):
-    run: Callable[..., Any]
-    operands: Callable[[list[Any]], Any]
-    single: bool  # one operand: itemgetter gives it bare
-    result: int  # where the only result goes, or -1
-    results: tuple[int, ...]  # where several go
-    drops: tuple[int, ...]  # values whose last use this is
 
 
 class Plan:
@@ -77,20 +67,38 @@ class Plan:
         self._where = f"plan @{self.graph.name}"
         self._signatures: dict[tuple[Any, ...], int] = {}
         self.bound = bind(self.graph, self.weights, self.device)
-        self._build(lowerings)
+        self._lowerings = lowerings
+        self._inputs = (*self._tensors, *self._states, *self._seqs)
+        self._count = len(self._tensors)
+        self._arity = self._count + bool(self._states) + len(self._seqs)
+        self._run, self.source = straight_line(self.graph, self._inputs, lowerings, self.bound)
+        self._signature = signature_of(self.graph, self._inputs)
 
     def __call__(self, *arguments: Any) -> Any:
-        tensors, states, seq = self._take(arguments)
-        return self._call(tensors, states, seq, None)
+        return self._call(self._run, arguments)
 
     def timed(self, *arguments: Any) -> tuple[Any, list[tuple[Node, float]]]:
         """One call, and the seconds that each node took (the device is waited for after every node)."""
-        tensors, states, seq = self._take(arguments)
-        spans: list[float] = []
-        out = self._call(tensors, states, seq, spans)
-        nodes = [n for n in self.graph.nodes if not n.folded]
-        totals = [sum(spans[i :: len(nodes)]) for i in range(len(nodes))]
-        return out, list(zip(nodes, totals, strict=True))
+        stamps: list[float] = []
+
+        def tick() -> None:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+            stamps.append(time.perf_counter())
+
+        run, _ = straight_line(self.graph, self._inputs, self._lowerings, self.bound, tick)
+        nodes = [n for n, _ in self._lowerings]
+        totals = [0.0] * len(nodes)
+
+        def stamped(*inputs: Any) -> Any:
+            stamps.clear()
+            tick()
+            out = run(*inputs)
+            for i in range(len(nodes)):
+                totals[i] += stamps[i + 1] - stamps[i]
+            return out
+
+        return self._call(stamped, arguments), list(zip(nodes, totals, strict=True))
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -113,125 +121,34 @@ class Plan:
             :16
         ]
 
-    # ---- building ----
-
-    def _build(self, lowerings: Sequence[tuple[Node, Lowering]]) -> None:
-        place: dict[Value, int] = {}
-        template: list[Any] = [None]  # index 0 stays None: operands that are not given
-        for value in self.graph.inputs:
-            place[value] = len(template)
-            template.append(None)
-        for value, tensor in self.bound.items():
-            place[value] = len(template)
-            template.append(tensor)
-        inputs = frozenset(place.values()) - {place[v] for v in self.graph.inputs}
-        last = {v: i for i, (node, _) in enumerate(lowerings) for v in node.operands if v is not None}
-        steps = []
-        for index, (node, lowering) in enumerate(lowerings):
-            op = lookup(node.op)
-            states = dict(op.contract.state_results())
-            names = [slot.name for slot in op.slots(len(node.operands))]
-            fresh = []
-            for position, value in enumerate(node.results):
-                if position in states:  # updated in place: the new version lives where the old one does
-                    source = node.operands[names.index(states[position].name)]
-                    place[value] = 0 if source is None else place[source]
-                else:
-                    place[value] = len(template)
-                    fresh.append(len(template))
-                    template.append(None)
-            operands = tuple(0 if v is None else place[v] for v in node.operands)
-            drops = {
-                place[v]
-                for v, i in last.items()
-                if i == index and v not in self.graph.outputs and not isinstance(v.type, StateType)
-            }
-            run = partial(lowering.run, **dict(node.attrs)) if node.attrs else lowering.run
-            if lowering.prepare is not None:
-                run = _with_prepared(run, lowering, names.index("seq"))
-            steps.append(
-                _Step(
-                    run,
-                    itemgetter(*operands),
-                    len(operands) == 1,
-                    fresh[0] if len(fresh) == 1 else -1,
-                    tuple(fresh),
-                    tuple(sorted(drops - inputs)),
-                )
-            )
-        self._template, self._steps = template, steps
-        self._entry = tuple(place[v] for v in (*self._tensors, *self._states, *self._seqs))
-        self._exit = tuple(place[v] for v in self.graph.outputs if not isinstance(v.type, StateType))
-
     # ---- running ----
 
-    def _take(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Any, Any]:
-        """Split a call's arguments into tensors, states and batch."""
-        count = len(self._tensors) + bool(self._states) + len(self._seqs)
-        if len(arguments) != count:
-            wanted = [v.name for v in self._tensors] + ["states"] * bool(self._states) + [v.name for v in self._seqs]
-            raise ArgumentError(
-                self._where,
-                "arguments",
-                expected=f"({', '.join(wanted)})",
-                got=f"{len(arguments)} arguments",
-                hint="States come as pool.layer(i).",
-            )
-        tensors = arguments[: len(self._tensors)]
-        states = arguments[len(self._tensors)] if self._states else None
-        return tensors, states, arguments[-1] if self._seqs else None
-
-    def _call(self, tensors: Sequence[Any], layer: Any, seq: Any, spans: list[float] | None) -> Any:
-        states = () if layer is None else tuple(layer)
-        key: tuple[Any, ...] = (torch.is_grad_enabled(), getattr(layer, "layouts", None))
+    def _call(self, run: Run, arguments: tuple[Any, ...]) -> Any:
+        """Every call passes here, so it asks as little as it can: see benchmarks/plan_overhead.py."""
+        if len(arguments) != self._arity:
+            raise self._wrong_count(len(arguments))
+        seq = arguments[-1] if self._seqs else None
+        layer = arguments[self._count] if self._states else None
+        tensors = arguments[: self._count]
         try:
-            for x in tensors:
-                key += (x.dtype, x.shape[1:], x.stride(), x.device, x.requires_grad)
-            for x in states:
-                key += (x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
-            if seq is not None:
-                key += (seq.phase, seq.device)
-        except AttributeError:
-            key = ()  # something is no tensor: the full check says what
-        slots = self._signatures.get(key, -1)
+            slots = self._signatures.get(self._signature(*arguments), -1)
+        except (AttributeError, IndexError, TypeError):  # not the objects that it should be: the full check says what
+            slots = -1
         if slots < 0:
-            slots = self._check(tensors, states, layer, seq)
-            if len(self._signatures) >= MAX_SIGNATURES:
-                self._signatures.clear()
-            self._signatures[key] = slots
-        if seq is not None:
-            self._check_batch(tensors, seq, slots)
-            if isinstance(layer, LayerState) and layer.null_slot >= 0:
-                seq = seq.without(layer.null_slot)
-            if self._by_row:
-                return self._run_rows(tensors, states, seq, spans)
-        return self._run((*tensors, *states) if seq is None else (*tensors, *states, seq), spans)
+            slots = self._check(arguments, tensors, layer, seq)
+        states = (layer.conv, layer.ssm) if type(layer) is LayerState else tuple(layer or ())
+        if seq is None:
+            return run(*tensors, *states)
+        for x in tensors:
+            if x.shape[0] != seq.num_tokens:
+                raise self._wrong_tokens(tensors, seq)
+        if states and seq.max_slot is not None and seq.max_slot >= slots:
+            raise self._wrong_slot(seq, slots)
+        if type(layer) is LayerState and layer.null_slot >= 0:
+            seq = seq.without(layer.null_slot)
+        return self._run_rows(run, tensors, states, seq) if self._by_row else run(*tensors, *states, seq)
 
-    def _run(self, inputs: Sequence[Any], spans: list[float] | None = None) -> Any:
-        env = self._template.copy()
-        for place, value in zip(self._entry, inputs, strict=True):
-            env[place] = value
-        for run, operands, single, result, results, drops in self._steps:
-            start = time.perf_counter() if spans is not None else 0.0
-            out = run(operands(env)) if single else run(*operands(env))
-            if result >= 0:
-                env[result] = out
-            else:
-                for place, value in zip(results, out or (), strict=True):
-                    env[place] = value
-            for place in drops:
-                env[place] = None
-            if spans is not None:
-                if self.device.type != "cpu":
-                    torch.accelerator.synchronize()
-                spans.append(time.perf_counter() - start)
-        if len(self._exit) == 1:
-            return env[self._exit[0]]
-        return tuple(env[place] for place in self._exit)
-
-    def _run_rows(
-        self, tensors: Sequence[Tensor], states: Sequence[Tensor], seq: Seq, spans: list[float] | None
-    ) -> Any:
+    def _run_rows(self, run: Run, tensors: Sequence[Tensor], states: Sequence[Tensor], seq: Seq) -> Any:
         """One sequence at a time; writes never name another row's read slot, so the order does not matter."""
         rows = seq.once("rows", seq.rows)
         outs, start = [], 0
@@ -239,18 +156,29 @@ class Plan:
             # cloned, so that every row starts at an aligned address: vector code may round by alignment
             pieces = [x[start : start + row.num_tokens].clone() for x in tensors]
             part = row if seq.phase != "mixed" else Seq.mixed(**{row.phase: row})
-            outs.append(self._run((*pieces, *states, part), spans))
+            outs.append(run(*pieces, *states, part))
             start += row.num_tokens
         if not outs:
-            return self._run((*tensors, *states, seq), spans)
-        if len(self._exit) == 1:
+            return run(*tensors, *states, seq)
+        if isinstance(outs[0], Tensor):
             return torch.cat(outs)
         return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
 
     # ---- checking ----
 
-    def _check(self, tensors: Sequence[Any], states: Sequence[Any], layer: Any, seq: Any) -> int:
-        """Everything about one signature; returns the number of slots (0 without states)."""
+    def _check(self, arguments: tuple[Any, ...], tensors: Sequence[Any], layer: Any, seq: Any) -> int:
+        """Everything about one signature, remembered; returns the number of slots (0 without states)."""
+        states = tuple(layer) if layer is not None else ()
+        if len(states) != len(self._states):
+            raise ArgumentError(
+                self._where,
+                "states",
+                expected=f"{len(self._states)} states ({', '.join(v.name for v in self._states)})",
+                got=str(len(states)),
+                hint="Pass pool.layer(i).",
+            )
+        declared_layouts = tuple(v.type.layout for v in self._states if isinstance(v.type, StateType))
+        layouts = layer.layouts if isinstance(layer, LayerState) else declared_layouts
         hint = "Plans are inference only; run under torch.no_grad(), or use the ops eagerly with native."
         for value, x in (*zip(self._tensors, tensors, strict=True), *zip(self._states, states, strict=False)):
             if not isinstance(x, Tensor):
@@ -269,14 +197,6 @@ class Plan:
                     got=str(x.dtype),
                     hint="Nothing is cast silently; trace with this dtype.",
                 )
-        if len(states) != len(self._states):
-            raise ArgumentError(
-                self._where,
-                "states",
-                expected=f"{len(self._states)} states ({', '.join(v.name for v in self._states)})",
-                got=str(len(states)),
-                hint="Pass pool.layer(i).",
-            )
         types: dict[Value, Type] = {}
         for value, x in zip(self._tensors, tensors, strict=True):
             declared = value.type
@@ -286,11 +206,6 @@ class Plan:
             ):
                 raise ShapeError(self._where, value.name, expected=str(declared), got=f"{list(x.shape)}")
             types[value] = declared
-        layouts = (
-            layer.layouts
-            if isinstance(layer, LayerState)
-            else tuple(v.type.layout for v in self._states if isinstance(v.type, StateType))
-        )
         for value, x, layout in zip(self._states, states, layouts, strict=True):
             declared = value.type
             assert isinstance(declared, StateType)
@@ -324,23 +239,37 @@ class Plan:
             operands = tuple(v if v is None else Value(v.name, types.get(v, v.type), v.weight) for v in node.operands)
             results = infer_node(Node(node.op, operands, node.results, node.attrs))
             types.update(zip(node.results, results, strict=True))
-        return states[0].shape[0] if states else 0
+        slots = states[0].shape[0] if states else 0
+        if layer is None or isinstance(layer, LayerState):  # others have no signature, and are checked every time
+            if len(self._signatures) >= MAX_SIGNATURES:
+                self._signatures.clear()
+            self._signatures[self._signature(*arguments)] = slots
+        return slots
 
-    def _check_batch(self, tensors: Sequence[Tensor], seq: Seq, slots: int) -> None:
-        """What may change while the signature stays: token counts, and slots that the host knows."""
-        for value, x in zip(self._tensors, tensors, strict=True):
-            if x.shape[0] != seq.num_tokens:
-                raise ShapeError(
-                    self._where, value.name, expected=f"{seq.num_tokens} tokens, like seq", got=str(x.shape[0])
-                )
-        if self._states and seq.max_slot is not None and seq.max_slot >= slots:
-            raise SeqError(
-                self._where,
-                "seq",
-                expected=f"slots below the pool's {slots}",
-                got=f"slot {seq.max_slot}",
-                hint="Use slots that pool.allocate() gave.",
-            )
+    def _wrong_count(self, got: int) -> ArgumentError:
+        wanted = [v.name for v in self._tensors] + ["states"] * bool(self._states) + [v.name for v in self._seqs]
+        return ArgumentError(
+            self._where,
+            "arguments",
+            expected=f"({', '.join(wanted)})",
+            got=f"{got} arguments",
+            hint="States come as pool.layer(i).",
+        )
+
+    def _wrong_tokens(self, tensors: Sequence[Tensor], seq: Seq) -> ShapeError:
+        name, count = next(
+            (v.name, x.shape[0]) for v, x in zip(self._tensors, tensors, strict=True) if x.shape[0] != seq.num_tokens
+        )
+        return ShapeError(self._where, name, expected=f"{seq.num_tokens} tokens, like seq", got=str(count))
+
+    def _wrong_slot(self, seq: Seq, slots: int) -> SeqError:
+        return SeqError(
+            self._where,
+            "seq",
+            expected=f"slots below the pool's {slots}",
+            got=f"slot {seq.max_slot}",
+            hint="Use slots that pool.allocate() gave.",
+        )
 
 
 def _device(lowered: Lowered) -> torch.device:
@@ -362,10 +291,3 @@ def _device(lowered: Lowered) -> torch.device:
     return (
         torch.device(here.device, torch.cuda.current_device()) if here.device == "cuda" else torch.device(here.device)
     )
-
-
-def _with_prepared(run: Callable[..., Any], lowering: Lowering, seq_at: int) -> Callable[..., Any]:
-    def prepared_run(*operands: Any) -> Any:
-        return run(*operands, prepared=prepared(lowering, operands[seq_at]))
-
-    return prepared_run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,14 +28,26 @@ class Sizes(Protocol):
     def layers(self) -> tuple[int, ...]: ...
 
 
+_SIGNATURES: dict[Any, int] = {}
+
+
 @dataclass(frozen=True)
 class LayerState:
-    """One layer's states, as a plan takes them: conv [S, C, P] or [S, P, C], ssm [S, HV, V, K] or [S, HV, K, V]."""
+    """One layer's states, as a plan takes them: conv [S, C, P] or [S, P, C], ssm [S, HV, V, K] or [S, HV, K, V].
+
+    `signature` is a number that layers alike in dtypes, shapes, strides, devices and layouts share: a plan checks
+    it instead of the tensors, which therefore keep these as long as the layer is in use.
+    """
 
     conv: Tensor
     ssm: Tensor
     layouts: tuple[str, str] = ("cw", "vk")
     null_slot: int = -1
+    signature: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        facts = (*((x.dtype, x.shape, x.stride(), x.device) for x in self), self.layouts, self.null_slot)
+        object.__setattr__(self, "signature", _SIGNATURES.setdefault(facts, len(_SIGNATURES)))
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.conv, self.ssm))

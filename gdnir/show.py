@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
+import re
 from typing import Any
 
 from gdnir.errors import GdnirError
@@ -121,8 +121,9 @@ def to_mermaid(graph: Graph) -> str:
     """A mermaid flowchart, for documents that draw it themselves."""
 
     def quoted(text: str) -> str:
-        safe = "".join(c if c.isprintable() else " " for c in html.escape(text, quote=True))
-        return '"' + safe.replace("&", "#").replace("#amp;", "#38;").replace("`", "#96;") + '"'
+        # All that mermaid, Markdown or HTML could read as markup becomes an entity: `#60;` and `%%{init}%%` in a
+        # name would be decoded, or obeyed. A `%` before a letter stays, for a legible `%x`.
+        return '"' + re.sub(r"(?!%[A-Za-z_])[^A-Za-z0-9 .,:=+()\[\]/@_-]", lambda m: f"#{ord(m[0])};", text) + '"'
 
     lines = ["flowchart TD"]
     lines += [f"  {'ret' if name == 'return' else name}[{quoted(label)}]" for name, label, _ in _vertices(graph)]

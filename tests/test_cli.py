@@ -147,3 +147,68 @@ def test_as_a_process():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error:")
+
+
+@pytest.fixture
+def text(capsys, tmp_path):
+    """A lowered and an unlowered file of IR text."""
+    lowered, traced = tmp_path / "lowered.gdnir", tmp_path / "traced.gdnir"
+    assert run(capsys, "dump", "qwen3-next", "--platform", "cuda:sm_90", "-o", str(lowered))[0] == 0
+    assert run(capsys, "dump", "qwen3-next", "--no-lower", "-o", str(traced))[0] == 0
+    return {"lowered": str(lowered), "traced": str(traced)}
+
+
+@pytest.mark.parametrize(("which", "options"), [
+    ("traced", ["--dtype", "f32"]), ("traced", ["--state-dtype", "bf16"]), ("traced", ["--state-layout", "kv"]),
+    ("traced", ["--phase", "decode", "--region", "core"]), ("traced", ["--no-lower", "--strict"]),
+    ("traced", ["--no-lower", "-p", "lower"]), ("lowered", ["--strict"]), ("lowered", ["--provider", "l2norm=native"]),
+    ("lowered", ["-p", "canonicalize"]),
+])  # fmt: skip
+def test_no_option_is_ignored_silently(capsys, text, which, options):
+    code, out, err = run(capsys, "dump", text[which], *options)
+    assert (code, out) == (2, "")
+    named = {"-p": "--pipeline"}
+    for option in (o for o in options if o.startswith("-") and o != "--no-lower"):
+        assert named.get(option, option) in err.split("Drop")[1]
+
+
+def test_why_names_every_node_that_is_unmet(capsys):
+    code, out, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--strict")
+    assert code == 1
+    assert "= gdn_gate" in out
+    assert "= gated_delta_rule" in out
+    assert "triton: refused, triton has no lowering of gated_delta_rule." in out
+    assert "in_proj(" not in out
+    assert err.startswith("error: gdn_gate")
+    code, out, _ = run(capsys, "why", "qwen3-next", "--format", "json")
+    assert len(json.loads(out)["choices"]) == 12
+
+
+def test_files_that_cannot_be_used(capsys, tmp_path, text):
+    binary, bad = tmp_path / "b.gdnir", tmp_path / "bad.gdnir"
+    binary.write_bytes(b"\xdd\xff")
+    bad.write_text("gdnir 1\nnonsense")
+    for arguments, says in (
+        (["dump", str(binary)], "b.gdnir"), (["dump", str(bad)], "bad.gdnir: line 2, column 1"),
+        (["dump", "qwen3-next", "-o", str(tmp_path / "no" / "x")], "cannot be written"),
+        (["run", text["traced"]], "is IR text"),
+        (["dump", "qwen3-next", "--provider", "l2norm=triton", "--provider", "l2norm=native"], "two lists for l2norm"),
+    ):  # fmt: skip
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert says in err
+        assert "Traceback" not in err
+
+
+def test_mermaid_names_are_no_directives():
+    evil = Value('%%{init: {"theme": "dark"}}%% #60;img src=x#62; `x`', TensorType("f32", ("T",)))
+    drawn = show.to_mermaid(Graph("g", (evil,), (), (), (evil,)))
+    assert "%%" not in drawn
+    assert "#60;img" not in drawn
+    assert "{" not in drawn
+    assert "#35;60#59;img" in drawn
+
+
+def test_passes_show_their_options(capsys):
+    _, out, _ = run(capsys, "passes")
+    assert "fuse{op=none}" in out
