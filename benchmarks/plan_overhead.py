@@ -30,7 +30,7 @@ def main():
     w = {value.name: tensor for value, tensor in plan.bound.items()}
 
     def by_hand():
-        qkv, z, b, a = native.in_proj(x, w["in_proj_qkvz"], w["in_proj_ba"], heads=config.heads)
+        qkv, z, b, a = native.in_proj_merged(x, w["in_proj_merged"], heads=config.heads)
         y = native.causal_conv1d(qkv, w["conv1d"], None, state.conv, seq, activation="silu", conv_layout="cw")
         q, k, v = native.split_qkv(y, heads=config.heads)
         g, beta = native.gdn_gate(a, b, w["A_log"], w["dt_bias"], allow_neg_eigval=False)

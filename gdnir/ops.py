@@ -39,6 +39,15 @@ def in_proj(x: Any, w_qkvz: Any, w_ba: Any, *, heads: Heads) -> None:
 
 
 @op(
+    "heads=H.HV.K.V; x:T.D, weight:2*H*K+2*HV*V+2*HV.D like x"
+    " -> qkv:T.2*H*K+HV*V like x, z:T.HV.V like x, b:T.HV like x, a:T.HV like x",
+    plain=True,
+)
+def in_proj_merged(x: Any, weight: Any, *, heads: Heads) -> None:
+    """in_proj as one product: weight's rows are w_qkvz's, then w_ba's, and the results are views of one tensor."""
+
+
+@op(
     "qkv:T.C, weight:C.W, bias?:C, conv_state[conv_layout]:cw=S.C.P|wc=S.P.C bf16/f16/f32, seq"
     " -> y:T.C like qkv, conv_state where P >= W - 1"
 )

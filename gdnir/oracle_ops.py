@@ -124,6 +124,14 @@ def in_proj(
     return qkv, z.reshape(-1, hv, dv), ba[:, :hv], ba[:, hv:]
 
 
+def in_proj_merged(
+    x: Tensor, weight: Tensor, *, heads: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """in_proj with w_ba's rows below w_qkvz's."""
+    rows = weight.shape[0] - 2 * heads[1]
+    return in_proj(x, weight[:rows], weight[rows:], heads=heads)
+
+
 def split_qkv(y: Tensor, *, heads: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, 2 H K + HV V] -> q, k [T, H, K], v [T, HV, V]."""
     h, hv, dk, dv = heads

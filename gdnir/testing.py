@@ -84,6 +84,7 @@ def samples(op: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[
         return [((rand(s.num_tokens, hv, v), s), {}) for s in batches(seed)]
     simple: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "in_proj": [((rand(tokens, d), rand(c + hv * v, d), rand(2 * hv, d)), dict(heads=HEADS))],
+        "in_proj_merged": [((rand(tokens, d), rand(c + hv * v + 2 * hv, d)), dict(heads=HEADS))],
         "split_qkv": [((rand(tokens, c),), dict(heads=HEADS))],
         "l2norm": [
             ((rand(tokens, h, k),), dict(eps=1e-6)),

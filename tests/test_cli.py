@@ -50,7 +50,7 @@ def test_formats(capsys, tmp_path):
     _, out, _ = run(capsys, "dump", "qwen3-next", "--format", "json", "--platform", "cuda:sm_90")
     document = json.loads(out)
     assert document["schema"] == show.SCHEMA
-    assert len(document["choices"]) == len(document["graph"]["nodes"]) == 12
+    assert len(document["choices"]) == len(document["graph"]["nodes"]) == 13
     _, out, _ = run(capsys, "dump", "qwen3-next", "--format", "dot")
     assert out.startswith('digraph "qwen3_next.gdn"')
     _, out, _ = run(capsys, "dump", "qwen3-next", "--format", "mermaid")
@@ -181,7 +181,7 @@ def test_why_names_every_node_that_is_unmet(capsys):
     assert "in_proj(" not in out
     assert err.startswith("error: gdn_gate")
     code, out, _ = run(capsys, "why", "qwen3-next", "--format", "json")
-    assert len(json.loads(out)["choices"]) == 12
+    assert len(json.loads(out)["choices"]) == 13
 
 
 def test_files_that_cannot_be_used(capsys, tmp_path, text):

@@ -31,6 +31,13 @@ def in_proj(x: Tensor, w_qkvz: Tensor, w_ba: Tensor, *, heads: ops.Heads) -> tup
     return qkv, z.unflatten(-1, (hv, v)), b, a
 
 
+@lowers(ops.in_proj_merged, NATIVE)
+def in_proj_merged(x: Tensor, weight: Tensor, *, heads: ops.Heads) -> tuple[Tensor, ...]:
+    h, hv, k, v = heads
+    qkv, z, b, a = F.linear(x, weight).split([2 * h * k + hv * v, hv * v, hv, hv], dim=-1)
+    return qkv, z.unflatten(-1, (hv, v)), b, a
+
+
 def _over_parts(run: Callable[[Seq, slice], Tensor], seq: Seq) -> Tensor:
     """A mixed batch is its parts, one after the other; states pass from one to the next in place."""
     if seq.phase != "mixed":

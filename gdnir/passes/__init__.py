@@ -9,12 +9,12 @@ from gdnir.errors import LoweringError
 from gdnir.ir import Graph, quote
 from gdnir.lowering import find
 from gdnir.lowering.choose import Choice, Target
-from gdnir.passes import canonicalize, fold_weights, fuse, split_mixed  # noqa: F401  (each registers its pass)
+from gdnir.passes import canonicalize, fold_weights, fuse, merge_projections, split_mixed  # noqa: F401  (each registers its pass)
 from gdnir.passes import lower as _lower_pass  # noqa: F401
 from gdnir.passes.base import Pipeline, Step
 from gdnir.platforms import Platform, get_platform
 
-DEFAULT_PIPELINE = "fold-weights,canonicalize,split-mixed,fuse,lower"
+DEFAULT_PIPELINE = "fold-weights,merge-projections,canonicalize,split-mixed,fuse,lower"
 
 
 @dataclass(frozen=True)

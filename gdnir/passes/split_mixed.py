@@ -18,7 +18,7 @@ class SplitMixed(Pass):
     `concat_tokens`. Ops named in `whole` (the projections) run once over all tokens."""
 
     name = "split-mixed"
-    whole: tuple[str, ...] = ("in_proj", "out_proj")
+    whole: tuple[str, ...] = ("in_proj", "in_proj_merged", "out_proj")
 
     def run(self, graph: Graph, target: Target) -> PassResult:
         seqs = [v for v in graph.inputs if isinstance(v.type, SeqType) and v.type.phase == "mixed"]
