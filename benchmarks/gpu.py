@@ -1,0 +1,91 @@
+"""Timing on a GPU: medians of CUDA-graph replays, the ceilings of the same run, results as JSON with their environment."""
+
+import json
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import gdnir
+
+HERE = Path(__file__).parent
+PEERS = json.loads((HERE / "peers_h200.json").read_text())["rows"]
+
+
+def replay_ms(*calls, replays=40):
+    """Median milliseconds of one call. Several calls (the same work on other buffers) take turns, so that what is
+    larger than the L2 cache in use is not served from it in the measurement."""
+    graphs = []
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            for _ in range(2):
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    for call in calls:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graphs.append(graph)
+    for graph in graphs:
+        graph.replay()
+    spans = []
+    for i in range(max(replays, len(graphs))):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graphs[i % len(graphs)].replay()
+        end.record()
+        end.synchronize()
+        spans.append(start.elapsed_time(end))
+    return statistics.median(spans)
+
+
+def ceilings():
+    """(copy in TB/s, read and written; bf16 product of 8192^3 in TFLOP/s), here and now."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / replay_ms(lambda: target.copy_(source)) / 1e9
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return copy, 2 * 8192**3 / replay_ms(lambda: torch.mm(a, b)) / 1e9
+
+
+def peer(part, case, *names):
+    """The smallest published time, in ms, of the named peers (all if none is named) for this case; None if there is none."""
+    found = [r["ms"] for r in PEERS if r["part"] == part and r["case"] == case and (not names or r["peer"] in names)]
+    return min(found, default=None)
+
+
+def environment():
+    """What a figure depends on."""
+    import triton
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.split()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver[0] if driver else "unknown",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "gdnir": gdnir.__version__,
+    }
+
+
+def report(name, rows, notes=(), out=HERE / "results"):
+    """Print the rows (dicts with the same keys) as a table and write them as `out`/`name`.json."""
+    table = Table(title=name)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console(width=160)
+    console.print(table)
+    for note in notes:
+        console.print(note)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    document = {"name": name, "environment": environment(), "notes": list(notes), "rows": rows}
+    (Path(out) / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
