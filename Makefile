@@ -33,11 +33,11 @@ demo: $(VENV)/.ready
 	@echo "Next: $(BIN)/gdnir why qwen3-next --platform cuda:sm_90"
 
 test: $(VENV)/.test-ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
-	$(BIN)/python -m pytest tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
+	$(BIN)/python -m pytest -n auto tests --ignore=tests/interpreter
 
 nightly: $(VENV)/.test-ready
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests --ignore=tests/interpreter
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto tests --ignore=tests/interpreter
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

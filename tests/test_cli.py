@@ -50,7 +50,7 @@ def test_formats(capsys, tmp_path):
     _, out, _ = run(capsys, "dump", "qwen3-next", "--format", "json", "--platform", "cuda:sm_90")
     document = json.loads(out)
     assert document["schema"] == show.SCHEMA
-    assert len(document["choices"]) == len(document["graph"]["nodes"]) == 13
+    assert len(document["choices"]) == len(document["graph"]["nodes"]) == 9
     _, out, _ = run(capsys, "dump", "qwen3-next", "--format", "dot")
     assert out.startswith('digraph "qwen3_next.gdn"')
     _, out, _ = run(capsys, "dump", "qwen3-next", "--format", "mermaid")
@@ -83,12 +83,12 @@ def test_hostile_names_stay_data():
 
 
 def test_why(capsys):
-    code, out, _ = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90")
+    code, out, _ = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--dtype", "f32")
     assert code == 0
     assert "triton: chosen, first in the order of cuda:sm_90" in out
-    assert "triton: refused, triton has no lowering of gated_delta_rule." in out
-    assert "fuse: conv_prep: no provider other than native takes it" in out
-    code, _, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--strict")
+    assert "triton: refused, q, k and v are f32, want bf16 or f16." in out
+    assert "fuse: conv_prep: 5 nodes became one" in out
+    code, _, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--dtype", "f32", "--strict")
     assert code == 1
     assert "strict lowering refuses native on cuda:sm_90." in err
     code, _, err = run(capsys, "why", "qwen3-next", "--platform", "cpu", "--provider", "gated_rmsnorm=triton")
@@ -173,11 +173,14 @@ def test_no_option_is_ignored_silently(capsys, text, which, options):
 
 
 def test_why_names_every_node_that_is_unmet(capsys):
-    code, out, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--strict")
+    code, _, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--strict")
+    assert (code, err) == (0, "")
+    unmet = ["--dtype", "f32", "--provider", "gdn_gate=native"]  # a type, and a request, that strict cannot meet
+    code, out, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--strict", *unmet)
     assert code == 1
     assert "= gdn_gate" in out
     assert "= gated_delta_rule" in out
-    assert "triton: refused, triton has no lowering of gated_delta_rule." in out
+    assert "triton: refused, q, k and v are f32, want bf16 or f16." in out
     assert "in_proj(" not in out
     assert err.startswith("error: gdn_gate")
     code, out, _ = run(capsys, "why", "qwen3-next", "--format", "json")

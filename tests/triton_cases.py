@@ -202,8 +202,8 @@ def make_pool(case, seq, dtype, device, gen):
 
 
 @contextlib.contextmanager
-def poisoned():
-    """torch.empty of the launcher gives NaN, with a border that must survive. Yields the buffers it gave."""
+def poisoned(module=triton_launch):
+    """torch.empty of the launchers in `module` gives NaN, with a border that must survive. Yields the buffers it gave."""
     buffers = []
 
     def empty(shape, *, dtype, device):
@@ -213,9 +213,9 @@ def poisoned():
         buffers.append(buffer)
         return buffer[CANARY : CANARY + numel].view(shape)
 
-    fake = types.SimpleNamespace(empty=empty, get_device_module=torch.get_device_module)
+    fake = types.SimpleNamespace(empty=empty, get_device_module=torch.get_device_module, float32=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_launch, "torch", fake)
+        patch.setattr(module, "torch", fake)
         yield buffers
     for buffer in buffers:
         borders = torch.cat([buffer[:CANARY], buffer[-CANARY:]])

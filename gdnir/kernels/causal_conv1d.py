@@ -69,6 +69,107 @@ def _find_sequence(cu_seqlens, t, N):
     return n
 
 
+@triton.jit
+def _load_row(x, t, last, c, in_c, stride_xt):
+    """Row t of x, zeros outside [0, last)."""
+    return tl.load(x + t.to(tl.int64) * stride_xt + c, mask=in_c & (t >= 0) & (t < last), other=0.0)
+
+
+@triton.jit
+def conv_rows(
+    x,
+    out,
+    weight,
+    bias,
+    conv_state,
+    cu_seqlens,
+    read_slots,
+    has_state,
+    T,
+    N,
+    S,
+    P,
+    stride_xt,
+    stride_s,
+    stride_c,
+    stride_p,
+    stride_ot,
+    t0,
+    c,  # [HEADS, D] channels of this program
+    o,  # [HEADS, D] their columns of out
+    in_c,
+    eps,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    STEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    L2NORM: tl.constexpr,
+):
+    """out[t] = act(convolution) of tokens t0 .. t0 + BT, each row of the block divided by its norm if L2NORM.
+
+    STEP tokens at a time, whose rows stay in registers; the next STEP rows are on their way meanwhile. A token's bits
+    do not depend on where a step or a tile begins: the oldest tap comes first, everywhere.
+    """
+    taps = ()
+    for w in tl.static_range(W):
+        taps = taps + (tl.load(weight + c * W + w, mask=in_c, other=0.0).to(tl.float32),)
+    if bias is None:
+        b = tl.zeros(c.shape, tl.float32)
+    else:
+        b = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
+    last = tl.minimum(t0 + BT, T)
+    rows = ()
+    for i in tl.static_range(STEP + W - 1):
+        rows = rows + (_load_row(x, t0 + (i - (W - 1)), last, c, in_c, stride_xt),)
+    n = _find_sequence(cu_seqlens, t0, N)
+    start, end = _bounds(cu_seqlens, n, T)
+    slot = tl.load(read_slots + n)
+    s = t0
+    while s < last:
+        ahead = ()
+        for i in tl.static_range(STEP):
+            ahead = ahead + (_load_row(x, s + (STEP + i), last, c, in_c, stride_xt),)
+        if (slot >= 0) & (slot < S) & (s - (W - 1) >= start) & (s + STEP <= end):
+            # Most steps lie inside one sequence, past its first W-1 tokens.
+            for i in tl.static_range(STEP):
+                acc = b
+                for w in tl.static_range(W):
+                    acc += taps[w] * rows[i + w].to(tl.float32)
+                y = _finish(acc, eps, ACTIVATION, L2NORM)
+                tl.store(out + (s + i).to(tl.int64) * stride_ot + o, y.to(out.dtype.element_ty), mask=in_c)
+        else:
+            # The step meets the start or the end of a sequence, a padding row or tokens of nobody: look at each token.
+            for j in range(STEP):
+                t = s + j
+                while (n < N - 1) & (tl.load(cu_seqlens + n + 1) <= t):
+                    n += 1
+                start, end = _bounds(cu_seqlens, n, T)
+                slot = tl.load(read_slots + n)
+                valid = (t >= start) & (t < end) & (slot >= 0) & (slot < S)
+                pos = t - start  # within its sequence
+                stateful = valid & (tl.load(has_state + n) != 0)
+                acc = b
+                for w in tl.static_range(W):
+                    inside = pos + w >= W - 1
+                    value = _load_row(x, t + (w - (W - 1)), last, c, in_c & valid & inside, stride_xt).to(tl.float32)
+                    if w < W - 1:
+                        old = _column(conv_state, slot, c, pos + w, P, stride_s, stride_c, stride_p, W)
+                        value += tl.load(old, mask=in_c & stateful & (not inside), other=0.0).to(tl.float32)
+                    acc += taps[w] * value
+                y = tl.where(valid, _finish(acc, eps, ACTIVATION, L2NORM), 0.0)
+                tl.store(out + t.to(tl.int64) * stride_ot + o, y.to(out.dtype.element_ty), mask=in_c & (t < last))
+        rows = rows[STEP:] + ahead
+        s += STEP
+
+
+@triton.jit
+def _finish(acc, eps, ACTIVATION: tl.constexpr, L2NORM: tl.constexpr):
+    y = _activate(acc, ACTIVATION)
+    if L2NORM:
+        y = y * tl.rsqrt(tl.sum(y * y, axis=1) + eps)[:, None]
+    return y
+
+
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def conv_prefill_kernel(
     x,
@@ -89,64 +190,20 @@ def conv_prefill_kernel(
     stride_c,
     stride_p,
     W: tl.constexpr,
-    W_POW2: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    SUB: tl.constexpr,
+    STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """Outputs of BT tokens x BC channels. Reads conv_state; conv_prefill_state_kernel, launched next, writes it."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     t0 = (pid // blocks) * BT  # channel blocks vary fastest: neighbours read the same rows of memory
-    c = (pid % blocks) * BC + tl.arange(0, BC)
-    in_c = c < C
-    taps = _load_taps(weight, c, in_c, W, W_POW2)
-    b = _load_bias(bias, c, in_c, BC)
-
-    n = _find_sequence(cu_seqlens, t0, N)
-    start, end = _bounds(cu_seqlens, n, T)
-    slot = tl.load(read_slots + n)
-    if (slot >= 0) & (slot < S) & (t0 - (W - 1) >= start) & (t0 + BT <= end):
-        # Most tiles lie inside one sequence, past its first W-1 tokens. Each row is then loaded once, into registers,
-        # and all loads are issued before the first store (which the compiler must assume to alias them).
-        rows = ()
-        for i in tl.static_range(BT + W - 1):
-            rows = rows + (tl.load(x + (t0 + (i - (W - 1))).to(tl.int64) * stride_xt + c, mask=in_c, other=0.0),)
-        for i in tl.static_range(BT):
-            acc = b
-            for w in tl.static_range(W):
-                acc += taps[w] * rows[i + w].to(tl.float32)
-            out = _activate(acc, ACTIVATION).to(y.dtype.element_ty)
-            tl.store(y + (t0 + i).to(tl.int64) * C + c, out, mask=in_c)
-    else:
-        # The tile meets the start or the end of a sequence, a padding row or tokens of nobody: look at each token.
-        for s in range(0, BT, SUB):
-            rows = ()
-            for i in tl.static_range(SUB + W - 1):
-                t = t0 + s + (i - (W - 1))
-                mask = in_c & (t >= 0) & (t < T)
-                rows = rows + (tl.load(x + t.to(tl.int64) * stride_xt + c, mask=mask, other=0.0),)
-            for i in tl.static_range(SUB):
-                t = t0 + s + i
-                while (n < N - 1) & (tl.load(cu_seqlens + n + 1) <= t):
-                    n += 1
-                start, end = _bounds(cu_seqlens, n, T)
-                slot = tl.load(read_slots + n)
-                valid = (t >= start) & (t < end) & (slot >= 0) & (slot < S)
-                pos = t - start  # within its sequence
-                acc = b
-                # Oldest tap first, as everywhere: a token's bits do not depend on the tile or the kernel it falls in.
-                if valid & (pos < W - 1):
-                    if tl.load(has_state + n) != 0:
-                        for w in tl.static_range(W - 1):
-                            mask = in_c & (pos + w < W - 1)
-                            old = _column(conv_state, slot, c, pos + w, P, stride_s, stride_c, stride_p, W)
-                            acc += taps[w] * tl.load(old, mask=mask, other=0.0).to(tl.float32)
-                for w in tl.static_range(W):
-                    acc += taps[w] * tl.where(pos + w >= W - 1, rows[i + w].to(tl.float32), 0.0)
-                out = tl.where(valid, _activate(acc, ACTIVATION), 0.0).to(y.dtype.element_ty)
-                tl.store(y + t.to(tl.int64) * C + c, out, mask=in_c & (t < T))
+    c = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
+    conv_rows(
+        x, y, weight, bias, conv_state, cu_seqlens, read_slots, has_state, T, N, S, P, stride_xt, stride_s, stride_c,
+        stride_p, C, t0, c, c, c < C, 0.0, W, BT, STEP, ACTIVATION, False,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)

@@ -15,8 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gdnir.seq import Seq
 
-# The prefill kernel holds every row of a tile in registers, 16 bytes of each per thread (so BC follows from the type).
-_PREFILL = {"BT": 16, "SUB": 2, "num_warps": 2}
+# The prefill kernels hold STEP rows, and the next STEP, in registers, BYTES of each per thread.
+_CONV: dict[str, Any] = {"BYTES": 16, "BT": 64, "STEP": 8, "num_warps": 2}
+_PREP: dict[str, Any] = {"BYTES": 8, "BT": 64, "STEP": 4}  # as many warps as the widest head takes, up to 4
+_GATES = 512  # elements of g and of beta per program
 _PREFILL_STATE = {"BC": 256, "num_warps": 4}
 # In a `cw` state neighbouring channels are P elements apart: one or two channels a thread keep a warp inside few lines.
 _UPDATE = {"cw": {"BC": 256, "num_warps": 4}, "wc": {"BC": 512, "num_warps": 2}}
@@ -85,19 +87,124 @@ def causal_conv1d(
         return y.zero_()  # no row owns a token
     from gdnir.kernels import causal_conv1d as kernels
 
-    x, weight = _unit_last(qkv), weight.contiguous()
+    weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    c_dim, p_dim = (1, 2) if conv_layout == "cw" else (2, 1)
     width = weight.shape[1]
-    # Arguments shared by all kernels, by name: the three signatures differ.
-    state: dict[str, Any] = {
+    state = _conv_state(_unit_last(qkv), conv_state, seq, width, conv_layout)
+    state["C"] = channels
+    output: dict[str, Any] = {
+        "weight": weight,
+        "bias": bias,
+        "y": y,
+        "ACTIVATION": activation,
+    }
+    with _on(qkv.device):
+        if seq.phase != "prefill":
+            blocks = _UPDATE[conv_layout]
+            kernels.conv_update_kernel[(seq.num_seqs * _cdiv(channels, blocks["BC"]),)](
+                **state,
+                **output,
+                **_writes(seq),
+                W_POW2=_next_power_of_2(width),
+                L=seq.write_slots.shape[1],
+                stride_wl=seq.write_slots.stride(1),
+                VERIFY=seq.phase == "verify",
+                **blocks,
+            )
+            return y
+        if tokens:
+            blocks = _prefill_blocks(_CONV, qkv)
+            grid = (_cdiv(tokens, blocks["BT"]) * _cdiv(channels, blocks["BC"]),)
+            kernels.conv_prefill_kernel[grid](**state, **output, **blocks)
+        _store_last_inputs(state, seq, channels)
+    return y
+
+
+def conv_prep(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    A_log: Tensor,  # noqa: N803
+    dt_bias: Tensor,
+    seq: Seq,
+    *,
+    activation: str,
+    conv_layout: str,
+    heads: tuple[int, int, int, int],
+    eps: float,
+    allow_neg_eigval: bool,
+) -> tuple[Tensor, ...]:
+    """causal_conv1d, split, l2norm of q and k, and the gates, of a prefill batch; conv_state is updated in place.
+
+    qkv [T, C], a, b [T, HV]: any row stride (a last stride other than 1 costs a copy); the rest as causal_conv1d. f32
+    inside, rounded once. Returns q, k [T, H, K], v [T, HV, V] in qkv's dtype and g, beta [T, HV] f32, contiguous.
+    """
+    h, hv, k, v = heads
+    tokens = qkv.shape[0]
+    qk = torch.empty((2, tokens, h, k), dtype=qkv.dtype, device=qkv.device)
+    value = torch.empty((tokens, hv, v), dtype=qkv.dtype, device=qkv.device)
+    g = torch.empty((tokens, hv), dtype=torch.float32, device=qkv.device)
+    beta = torch.empty((tokens, hv), dtype=torch.float32, device=qkv.device)
+    if seq.num_seqs == 0:  # no row owns a token, but the gates know of no rows
+        from gdnir.lowering.triton_step import gdn_gate
+
+        gates = gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
+        return *qk.zero_(), value.zero_(), *gates
+    from gdnir.kernels import conv_prep as kernels
+
+    weight = weight.contiguous()
+    a, b = _unit_last(a), _unit_last(b)
+    state = _conv_state(_unit_last(qkv), conv_state, seq, weight.shape[1], conv_layout)
+    k_pow2, v_pow2 = _next_power_of_2(k), _next_power_of_2(v)
+    warps = max(k_pow2, v_pow2) * qkv.element_size() // (32 * _PREP["BYTES"])
+    blocks = _prefill_blocks({**_PREP, "num_warps": min(max(warps, 1), 4)}, qkv)
+    each = 2 * _cdiv(h, max(1, blocks["BC"] // k_pow2)) + _cdiv(hv, max(1, blocks["BC"] // v_pow2))
+    with _on(qkv.device):
+        if tokens:
+            grid = (_cdiv(tokens, blocks["BT"]) * each + _cdiv(tokens * hv, _GATES),)
+            kernels.conv_prep_kernel[grid](
+                **state,
+                a=a,
+                b=b,
+                weight=weight,
+                bias=None if bias is None else bias.contiguous(),
+                A_log=A_log.contiguous(),
+                dt_bias=dt_bias.contiguous(),
+                qk=qk,
+                v=value,
+                g=g,
+                beta=beta,
+                stride_at=_row_stride(a),
+                stride_bt=_row_stride(b),
+                eps=eps,
+                H=h,
+                HV=hv,
+                K=k,
+                V=v,
+                K_POW2=k_pow2,
+                V_POW2=v_pow2,
+                BG=_GATES,
+                ACTIVATION=activation,
+                ALLOW_NEG_EIGVAL=allow_neg_eigval,
+                **blocks,
+            )
+        _store_last_inputs(state, seq, qkv.shape[1])
+    return qk[0], qk[1], value, g, beta
+
+
+def _conv_state(x: Tensor, conv_state: Tensor, seq: Seq, width: int, conv_layout: str) -> dict[str, Any]:
+    """Arguments shared by all kernels of the convolution, by name: their signatures differ."""
+    c_dim, p_dim = (1, 2) if conv_layout == "cw" else (2, 1)
+    return {
         "x": x,
         "conv_state": conv_state,
         "cu_seqlens": _unit_last(seq.cu_seqlens),
         "read_slots": _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
         "has_state": _unit_last(seq.has_state),
-        "T": tokens,
-        "C": channels,
+        "T": x.shape[0],
         "N": seq.num_seqs,
         "S": conv_state.shape[0],
         "P": conv_state.shape[p_dim],
@@ -107,39 +214,24 @@ def causal_conv1d(
         "stride_p": conv_state.stride(p_dim),
         "W": width,
     }
-    output: dict[str, Any] = {
-        "weight": weight,
-        "bias": bias,
-        "y": y,
-        "W_POW2": _next_power_of_2(width),
-        "ACTIVATION": activation,
-    }
-    writes: dict[str, Any] = {
-        "write_slots": seq.write_slots,
-        "error": seq.error,
-        "stride_wn": seq.write_slots.stride(0),
-    }
-    with _on(qkv.device):
-        if seq.phase != "prefill":
-            blocks = _UPDATE[conv_layout]
-            kernels.conv_update_kernel[(seq.num_seqs * _cdiv(channels, blocks["BC"]),)](
-                **state,
-                **output,
-                **writes,
-                L=seq.write_slots.shape[1],
-                stride_wl=seq.write_slots.stride(1),
-                VERIFY=seq.phase == "verify",
-                **blocks,
-            )
-            return y
-        if tokens:
-            block_c = _PREFILL["num_warps"] * 32 * 16 // qkv.element_size()
-            grid = (_cdiv(tokens, _PREFILL["BT"]) * _cdiv(channels, block_c),)
-            kernels.conv_prefill_kernel[grid](**state, **output, BC=block_c, **_PREFILL)
-        # After the outputs, which read the old states, on the same stream.
-        grid = (seq.num_seqs * _cdiv(channels, _PREFILL_STATE["BC"]),)
-        kernels.conv_prefill_state_kernel[grid](**state, **writes, **_PREFILL_STATE)
-    return y
+
+
+def _writes(seq: Seq) -> dict[str, Any]:
+    return {"write_slots": seq.write_slots, "error": seq.error, "stride_wn": seq.write_slots.stride(0)}
+
+
+def _prefill_blocks(table: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """The table with BC, the channels of a program, in place of BYTES."""
+    channels = table["num_warps"] * 32 * table["BYTES"] // x.element_size()
+    return {**{key: value for key, value in table.items() if key != "BYTES"}, "BC": channels}
+
+
+def _store_last_inputs(state: dict[str, Any], seq: Seq, channels: int) -> None:
+    """After the outputs, which read the old states, on the same stream."""
+    from gdnir.kernels import causal_conv1d as kernels
+
+    grid = (seq.num_seqs * _cdiv(channels, _PREFILL_STATE["BC"]),)
+    kernels.conv_prefill_state_kernel[grid](**{**state, "C": channels}, **_writes(seq), **_PREFILL_STATE)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,0 +1,190 @@
+"""Launch the Triton kernels of the gated delta rule's prefill. As in `triton_launch`: no checks, no sync, no tuning at
+run time, and nothing is compiled again when only the batch changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _on, _row_stride, _unit_last
+
+if TYPE_CHECKING:
+    from gdnir.seq import Seq
+
+CHUNK = 64
+# One choice for each kind of GPU (`_kind`) whatever the batch: a row's bits follow from it.
+# HEADS: value heads of one program, at most; they share the products of a key head. PRECISION: of the inverse's products.
+PREP: dict[str, dict[str, Any]] = {
+    "sm_100": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
+    "sm_90": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
+    "sm_80": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
+    "small": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
+    "hip": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
+}
+# BV: rows of the state of one program; STAGES: chunks in flight, 56 KB of shared memory each at K = 128 and BV = 64.
+RULE: dict[str, dict[str, Any]] = {
+    "sm_100": {"BV": 64, "STAGES": 3, "num_warps": 8},
+    "sm_90": {"BV": 64, "STAGES": 3, "num_warps": 4},
+    "sm_80": {"BV": 32, "STAGES": 2, "num_warps": 4},
+    "small": {"BV": 32, "STAGES": 2, "num_warps": 4},
+    "hip": {"BV": 32, "STAGES": 1, "num_warps": 4},
+}
+STARTS: dict[str, dict[str, Any]] = {
+    "sm_100": {"BV": 16, "STAGES": 2, "num_warps": 8},
+    "sm_90": {"BV": 16, "STAGES": 2, "num_warps": 8},
+    "sm_80": {"BV": 16, "STAGES": 1, "num_warps": 8},
+    "small": {"BV": 16, "STAGES": 1, "num_warps": 8},
+    "hip": {"BV": 16, "STAGES": 1, "num_warps": 8},
+}
+# Chunks of a segment, by the most value heads it is for; a sequence of over CUT segments is cut. Head counts and a row's
+# own length decide, nothing else, or its neighbours would change its bits.
+SEGMENTS = ((8, 16), (16, 32))
+CUT = 4
+
+
+def delta_rule_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    seq: Seq,
+    *,
+    scale: float,
+    state_layout: str,
+    segment: int | None = None,
+) -> Tensor:
+    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464]
+
+    q, k: [T, H, K], v: [T, HV, V] in bf16 or f16, any strides (a last stride other than 1 costs a copy); g, beta:
+    [T, HV] f32, any strides; state: [S, HV, V, K] ("vk") or [S, HV, K, V] ("kv"), any strides, f32 or bf16, updated in
+    place. K <= 128 and V multiples of 16. Products of rounded operands, sums in f32, the state in f32 from chunk to
+    chunk. Tokens of padding rows and of nobody are exactly 0. A slot >= S sets seq.error. `segment`: chunks of a
+    segment (0: no sequence is cut; None: from HV). Returns o [T, HV, V], contiguous.
+    """
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if seq.num_seqs == 0:
+        return o.zero_()  # no row owns a token
+    from gdnir.kernels import delta_rule as kernels
+
+    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    (tokens, key_heads, key_dim), (_, heads, value_dim), rows = q.shape, v.shape, seq.num_seqs
+    kind, backend = _target()
+    prep, rule, starts_blocks = PREP[kind], RULE[kind], STARTS[kind]
+    if segment is None:
+        segment = next((length for most, length in SEGMENTS if heads <= most), 0)
+    length = segment * CHUNK
+    numbers = tokens // length if segment and seq.max_len > CUT * length else 0
+    segment = segment if numbers else 0
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=v.device)
+
+    solve, scores = (empty(heads, tokens, CHUNK, dtype=k.dtype) for _ in range(2))
+    gates = empty(heads, 2, tokens, dtype=torch.float32)
+    starts = empty(numbers, heads, value_dim, key_dim, dtype=torch.float32)
+    steps = empty(numbers, heads, key_dim, key_dim, dtype=torch.float32)
+    v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
+    batch: dict[str, Any] = {
+        "cu_seqlens": _unit_last(seq.cu_seqlens),
+        "read_slots": _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
+        "T": tokens,
+        "N": rows,
+        "S": state.shape[0],
+    }
+    keys: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "solve": solve,
+        "scores": scores,
+        "gates": gates,
+        "stride_qt": _row_stride(q),
+        "stride_qh": q.stride(1),
+        "stride_kt": _row_stride(k),
+        "stride_kh": k.stride(1),
+        "scale": scale,
+        "H": key_heads,
+    }
+    values: dict[str, Any] = {
+        "v": v,
+        "o": o,
+        "state": state,
+        "starts": starts,
+        "write_slots": seq.write_slots,
+        "stride_vt": _row_stride(v),
+        "stride_vh": v.stride(1),
+        "stride_s": state.stride(0),
+        "stride_sh": state.stride(1),
+        "stride_sv": state.stride(v_dim),
+        "stride_sk": state.stride(k_dim),
+        "stride_wn": seq.write_slots.stride(0),
+    }
+    shape = {"HV": heads, "K": key_dim, "BK": _next_power_of_2(key_dim)}
+    cut = {"SEGMENT": segment, "CUT": CUT * segment}
+    tiles = _cdiv(value_dim, rule["BV"])
+    with _on(v.device):
+        if tokens:
+            shared = _divisor(heads // key_heads, prep["HEADS"])
+            kernels.delta_rule_prep_kernel[((tokens // CHUNK + rows) * (heads // shared),)](
+                g=g,
+                beta=beta,
+                stride_gt=_row_stride(g),
+                stride_gh=g.stride(1),
+                stride_bt=_row_stride(beta),
+                stride_bh=beta.stride(1),
+                **batch,
+                **keys,
+                **shape,
+                **{**prep, "HEADS": shared},
+            )
+        summaries = numbers * (tiles + _cdiv(key_dim, rule["BV"]))
+        kernels.delta_rule_kernel[((rows * tiles + summaries) * heads,)](
+            steps=steps,
+            has_state=_unit_last(seq.has_state),
+            error=seq.error,
+            V=value_dim,
+            **batch,
+            **keys,
+            **values,
+            **shape,
+            **cut,
+            **rule,
+        )
+        if segment:
+            kernels.delta_rule_starts_kernel[(rows * heads * _cdiv(value_dim, starts_blocks["BV"]),)](
+                starts=starts,
+                steps=steps,
+                V=value_dim,
+                PRECISION="tf32x3" if backend == "cuda" else "ieee",
+                **batch,
+                **shape,
+                **cut,
+                **starts_blocks,
+            )
+            kernels.delta_rule_segments_kernel[(numbers * heads * tiles,)](
+                V=value_dim, **batch, **keys, **values, **shape, **cut, **rule
+            )
+    return o
+
+
+def _target() -> tuple[str, str]:
+    """(kind of GPU in the tables above, Triton's name of its back end)."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "sm_90", "cuda"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return "hip", target.backend
+    if target.arch in (86, 89) or target.arch >= 120:  # 99 KB of shared memory
+        return "small", "cuda"
+    return ("sm_100" if target.arch >= 100 else "sm_90" if target.arch >= 90 else "sm_80"), "cuda"
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
