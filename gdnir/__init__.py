@@ -7,7 +7,7 @@ pass picks among them and says why; the result is a plan that runs with or witho
 from gdnir import lowering, models, ops, platforms
 from gdnir.errors import GdnirError
 from gdnir.ir import Graph, Node, SeqType, StateType, TensorType, Value, to_networkx
-from gdnir.lowering import eager, lowers, native_impl, triton_impl
+from gdnir.lowering import eager, gluon_impl, lowers, native_impl, triton_impl
 from gdnir.op import fused, op, set_eager
 from gdnir.op import verify_graph as verify
 from gdnir.passes import Lowered, lower
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GdnirError", "Graph", "LayerState", "Lowered", "Node", "Pass", "PassResult", "Pipeline", "Plan", "Platform", "Seq",
-    "SeqType", "StatePool", "StateType", "TensorType", "Value", "Weights", "fused", "load_plugins", "lower", "lowering",
-    "lowers", "models", "native_impl", "op", "ops", "parse", "platforms", "register_pass", "register_platform",
-    "to_networkx", "triton_impl", "verify",
+    "SeqType", "StatePool", "StateType", "TensorType", "Value", "Weights", "fused", "gluon_impl", "load_plugins", "lower",
+    "lowering", "lowers", "models", "native_impl", "op", "ops", "parse", "platforms", "register_pass",
+    "register_platform", "to_networkx", "triton_impl", "verify",
 ]  # fmt: skip

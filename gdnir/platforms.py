@@ -47,7 +47,7 @@ class Platform:
         return self.name
 
 
-_CUDA = Platform("cuda", "cuda", order=("gluon", "triton"), software=frozenset({"triton"}))
+_CUDA = Platform("cuda", "cuda", order=("triton",), software=frozenset({"triton"}))
 _ROCM = Platform("rocm", "cuda", order=("triton",), software=frozenset({"triton"}))
 _PATTERNS = (("cuda", re.compile(r"cuda:(sm_\d{2,3})"), _CUDA), ("rocm", re.compile(r"rocm:(gfx[0-9a-f]{3,4})"), _ROCM))
 

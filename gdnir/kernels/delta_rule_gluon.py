@@ -1,0 +1,643 @@
+"""Gated delta rule over packed sequences on Hopper (sm_90a): bf16, K = V = 128, chunks of 64 tokens, states in place.
+
+With S [V,K] (f32, in registers for a whole sequence), log2 gates G summed from the chunk's start, and T = ((I + tril(
+diag(beta) K K^T, -1))^-1 * exp2(G_i - G_j)) diag(beta):
+  W^T  = V^T - (S K^T) exp2(G)             NV^T = W^T T^T                       (NV: the chunk's new values)
+  O^T  = scale exp2(G) (S Q^T) + NV^T P^T,   P  = tril(scale exp2(G_i - G_j) Q K^T)
+  S'   = exp2(G_last) S + (NV^T exp2(G_last - G)) K                             [arXiv:2412.06464, arXiv:2406.06484]
+V is the M dimension of every product, so that S, W and NV enter the wgmmas as register operands.
+
+delta_rule_gluon_prep_kernel (Triton) computes T and the gates, delta_rule_gluon_kernel (Gluon) the rest. Between them:
+  transform bf16 [chunks * HV * 64, 64]: T of chunk number c and head h is the tile from row (c HV + h) 64.
+  gates f32 [chunks * HV * 256]: of (c, h) four rows of 64: G, exp2(G), exp2(G_last - G) in the order of _gate_row, and G.
+  Chunk c of sequence n has the number start_n // 64 + n + c, which no other chunk has; some numbers are free.
+Rows of a last chunk behind its sequence's end: zero in T, rows and columns, and G stays what it was.
+Metadata is read on the device and never trusted: a bad slot or a malformed cu_seqlens must not become a bad address.
+"""
+
+import triton
+import triton.experimental.gluon.language as gl
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# What descriptors of [64, 64] tiles of bf16, and of the gates, are made with.
+TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+# Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
+_VARYING = ["T", "N", "S", "stride_wn"]
+# A part of a batch is a slice of these, at any alignment.
+_SLICED = ["cu_seqlens", "read_slots", "write_slots", "has_state", "error"]
+
+# Triton 3.7 renamed it.
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@triton.jit
+def _find_chunk(cu_seqlens, number, T, N):
+    """(n, c): the chunk of this number. Tokens behind the last sequence are sequence N. c may lie outside the sequence."""
+    n = number * 0
+    left = N + 1
+    while left > 1:
+        half = left // 2
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + half), 0), T)
+        n += tl.where(start // 64 + n + half <= number, half, 0)
+        left -= half
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), T)
+    return n, number - start // 64 - n
+
+
+@triton.jit
+def _split(x):
+    """x as a sum of two bf16 tiles: 16 bits of mantissa."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _dot(a, b):
+    """a b^T of split tiles. An accumulator is, as it lies in registers, a left operand and the transpose of a right one."""
+    small = tl.dot(a[1], tl.trans(b[0]), tl.dot(a[0], tl.trans(b[1])))
+    return tl.dot(a[0], tl.trans(b[0]), small)
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
+def delta_rule_gluon_prep_kernel(
+    k,
+    g,
+    beta,
+    transform,
+    gates,
+    o,
+    cu_seqlens,
+    read_slots,
+    write_slots,
+    error,
+    T,
+    N,
+    S,
+    stride_kt,
+    stride_gt,
+    stride_bt,
+    stride_wn,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """T and gates of one chunk and value head; zeros in o where a chunk has no live sequence.
+
+    One warp: 16 x 16 blocks of the chunk's matrices in registers, their products by mma.sync, and no barrier waits for
+    another warp. k [T,H,128] through its token stride, o [T,HV,128] contiguous. (T // 64 + N + 1) HV programs.
+    """
+    pid = tl.program_id(0)
+    number = pid // HV  # heads vary fastest: neighbours read the same rows of memory
+    h = pid % HV
+    n, c = _find_chunk(cu_seqlens, number, T, N)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1, mask=n < N, other=T), start), T)
+    read = tl.load(read_slots + n, mask=n < N, other=-1)
+    write = tl.load(write_slots + n.to(tl.int64) * stride_wn, mask=n < N, other=-1)
+    tl.store(error, 1, mask=(c == 0) & (h == 0) & ((read >= S) | (write >= S)))
+    t0 = start + c * 64
+    i = tl.arange(0, 64)
+    rows = (t0 + i).to(tl.int64)
+    inside = t0 + i < end  # the rows behind are the next sequence's, of which even a NaN must not matter
+    if (c >= 0) & (t0 < end):
+        if (read >= 0) & (read < S):
+            i16 = tl.arange(0, 16)
+            row, col = i16[:, None], i16[None, :]
+            kk = tl.arange(0, BK)[None, :]
+            # Blocks (a, b), a <= b, of K K^T at b (b + 1) / 2 + a.
+            gram = ()
+            for _ in tl.static_range(10):
+                gram = gram + (tl.zeros([16, 16], tl.float32),)
+            for k0 in tl.static_range(0, 128, BK):
+                keys = ()
+                for part in tl.static_range(4):
+                    key_row = t0 + part * 16 + row
+                    at_key = k + key_row.to(tl.int64) * stride_kt + h // (HV // H) * 128 + k0 + kk
+                    keys = keys + (tl.load(at_key, mask=key_row < end, other=0.0),)
+                new = ()
+                for below in tl.static_range(4):
+                    for above in tl.static_range(below + 1):
+                        old = gram[below * (below + 1) // 2 + above]
+                        new = new + (tl.dot(keys[above], tl.trans(keys[below]), old),)
+                gram = new
+
+            tile = transform + (number * HV + h).to(tl.int64) * 4096
+            line = gates + (number * HV + h).to(tl.int64) * 256
+            # exp2(-160) is 0: a smaller gate (-inf too) resets as well, and sums of 64 of them stay exact enough.
+            log2 = tl.load(g + rows * stride_gt + h, mask=inside, other=0.0) * 1.4426950408889634
+            total = tl.cumsum(tl.maximum(log2, -160.0), 0)
+            last = tl.sum(tl.where(i == 63, total, 0.0), axis=0)
+            place = 16 * (i % 8 // 2) + 2 * (i // 8) + i % 2
+            tl.store(line + place, total)
+            tl.store(line + 64 + place, tl.exp2(total))
+            tl.store(line + 128 + place, tl.exp2(last - total))
+            tl.store(line + 192 + i, total)
+
+            # Of I + L, L = tril(diag(beta) K K^T, -1), the four 16 x 16 blocks on the diagonal are inverted by forward
+            # substitution in f32. A lane has two columns of one block's inverse (col8, col8 + 8), and reads the entries
+            # of L, which its block's lanes share. The memory of T is scratch until T is known: 1024 f32 of L by row,
+            # column and block, then 1024 of the inverses by row, block and column.
+            scratch = tile.to(tl.pointer_type(tl.float32))
+            beta_row = ()
+            for a in tl.static_range(4):
+                t = t0 + a * 16 + i16
+                strength = tl.load(beta + t.to(tl.int64) * stride_bt + h, mask=t < end, other=0.0)
+                beta_row = beta_row + (strength[None, :],)
+                tl.store(scratch + (col * 64 + row * 4 + a), gram[a * (a + 1) // 2 + a] * beta_row[a])
+            tl.debug_barrier()
+            lane = tl.arange(0, 32)
+            col8 = lane % 8
+            entry = scratch + lane // 8
+            out_at = scratch + 1024 + lane // 8 * 16 + col8
+            x = ()
+            y = ()
+            for r in tl.static_range(16):
+                left_sum = tl.where(col8 == r, 1.0, 0.0)
+                right_sum = tl.where(col8 + 8 == r, 1.0, 0.0)
+                for j in tl.static_range(r):
+                    factor = tl.load(entry + r * 64 + j * 4)
+                    left_sum -= factor * x[j]
+                    if j >= 8:
+                        right_sum -= factor * y[j]
+                x = x + (left_sum,)
+                y = y + (right_sum,)
+                tl.store(out_at + r * 64, left_sum)
+                tl.store(out_at + r * 64 + 8, right_sum)
+            tl.debug_barrier()
+            diagonal = ()  # blocks of the inverse, and their transposes
+            turned = ()
+            sums = ()
+            for a in tl.static_range(4):
+                diagonal = diagonal + (tl.load(scratch + 1024 + a * 16 + row * 64 + col),)
+                turned = turned + (_split(tl.load(scratch + 1024 + a * 16 + col * 64 + row)),)
+                sums = sums + (tl.load(line + 192 + a * 16 + i16),)
+            tl.debug_barrier()
+
+            # 16 -> 32 -> 64 by [[A, 0], [L, B]]^-1 = [[A^-1, 0], [-B^-1 L A^-1, B^-1]]. Every entry on the way is one
+            # of an inverse, hence bounded, where the powers of a Neumann series grow for keys that resemble each other.
+            # Below, aij and lij are blocks of the inverse and of L, ending in t if transposed.
+            a0t, a1t, a2t = turned[0], turned[1], turned[2]
+            a1, a2, a3 = _split(diagonal[1]), _split(diagonal[2]), _split(diagonal[3])
+            l10t, l32t = _split(gram[1] * beta_row[1]), _split(gram[8] * beta_row[3])
+            l20t, l21t = _split(gram[3] * beta_row[2]), _split(gram[4] * beta_row[2])
+            l30t, l31t = _split(gram[6] * beta_row[3]), _split(gram[7] * beta_row[3])
+            product = _split(_dot(a1, l10t))
+            f10 = -_dot(product, a0t)
+            a10t = _split(-_dot(a0t, product))
+            f32 = -_dot(_split(_dot(a3, l32t)), a2t)
+            a32 = _split(f32)
+            y20, y21 = _split(_dot(a2, l20t)), _split(_dot(a2, l21t))
+            y30 = _split(_dot(a32, l20t) + _dot(a3, l30t))
+            y31 = _split(_dot(a32, l21t) + _dot(a3, l31t))
+            f20, f21 = -_dot(y20, a0t) - _dot(y21, a10t), -_dot(y21, a1t)
+            f30, f31 = -_dot(y30, a0t) - _dot(y31, a10t), -_dot(y31, a1t)
+
+            inverse = (diagonal[0], f10, diagonal[1], f20, f21, diagonal[2], f30, f31, f32, diagonal[3])
+            for a in tl.static_range(4):
+                for b in tl.static_range(4):
+                    if a >= b:
+                        kept = a * 16 + row >= b * 16 + col
+                        since = tl.where(kept, sums[a][:, None] - sums[b][None, :], float("-inf"))
+                        out = inverse[a * (a + 1) // 2 + b] * tl.exp2(since) * beta_row[b]
+                    else:
+                        out = tl.zeros([16, 16], tl.float32)
+                    tl.store(tile + (a * 1024 + b * 16) + (row * 64 + col), out.to(tl.bfloat16))
+        else:
+            at = o + (rows[:, None] * HV + h) * 128 + tl.arange(0, 128)[None, :]
+            tl.store(at, tl.zeros([64, 128], tl.bfloat16), mask=inside[:, None])
+
+
+@gluon.jit
+def _opaque_zero(c):
+    """0, but the compiler cannot know it, and the clock read that makes it stays where it is written: work that uses it
+    cannot be scheduled earlier. ptxas otherwise fills the gap after the first wgmma of a group with any ready work."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u64 t; mov.u64 t, %clock64; shr.u64 t, t, 63; cvt.u32.u64 $0, t; } // $1",
+        "=r,r",
+        [c],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _after(x, zero):
+    return (x.to(gl.int32, bitcast=True) + zero).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _after_bf16(x, zero):
+    return gl.inline_asm_elementwise(
+        "add.u32 $0, $1, $2; // $3", "=r,r,r,r", [x, zero], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _gate_row(g, ROW: gl.constexpr, ci: gl.constexpr):
+    """A gate row as a vector over token columns. The value of column 8 j + 2 q + b is stored at 16 q + 2 j + b, so the 16
+    values that a thread of an accumulator layout needs are contiguous: 4 loads of 16 bytes."""
+    X: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], [8]],
+        lane_bases=[[16], [32], [0], [0], [0]],
+        warp_bases=[[0], [0]],
+        block_bases=[],
+        shape=[64],
+    )
+    x = g.slice(64 * ROW, 64).load(X).reshape([4, 8, 2]).permute((1, 0, 2)).reshape([64])
+    return gl.convert_layout(x, ci, assert_trivial=True)
+
+
+# A load from shared memory waits behind all wgmmas that were issued before it, and behind the wgmmas of other warps: 100-250
+# cycles. So each chunk's V and gates are read while no own wgmma is queued, long before their use.
+#
+# Stages of shared memory go loader -> (full) -> P and chains -> (empty) -> loader. A sequence's last chunk, if it is not
+# whole, goes loader -> (full[NSTG]) -> P, which clears the rows behind the end -> (full) -> as ever; P also stores its O,
+# of which only the rows before the end may be touched.
+
+
+@gluon.jit
+def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
+               HV: gl.constexpr, vh, NSTG: gl.constexpr, NWG: gl.constexpr):  # fmt: skip
+    """1 warp. Loads chunk c once chunk c - NSTG is released; the consumers left O of that chunk in its V tile, from where it
+    is stored first. The generic-to-async proxy fence is here, not in the consumers, where it costs 300 cycles."""
+    _barrier()
+    s = 0
+    ph = 1
+    for c in range(nch + NSTG):
+        r = row0 + c * 64
+        if c >= NSTG:
+            mbarrier.wait(empty.index(s), ph)
+            fence_async_shared()
+            if c - NSTG != tail:
+                for i in gl.static_range(NWG):
+                    o_at = [r - 64 * NSTG, hv * 128 + (vh + i) * 64]
+                    tma.async_copy_shared_to_global(o_d, o_at, sV.index(s * NWG + i))
+        if c < nch:
+            bar = full.index(gl.where(c == tail, NSTG, s))
+            tile = tile0 + c * HV
+            mbarrier.expect(bar, 64 * 128 * 2 * 2 + 64 * 64 * 2 * (NWG + 1) + 4 * 64 * 4)
+            for i in gl.static_range(2):
+                tma.async_copy_global_to_shared(k_d, [r, hq * 128 + 64 * i], bar, sK.index(2 * s + i))
+            for i in gl.static_range(2):
+                tma.async_copy_global_to_shared(q_d, [r, hq * 128 + 64 * i], bar, sQ.index(2 * s + i))
+            tma.async_copy_global_to_shared(g_d, [tile * 256], bar, sG.index(s))
+            tma.async_copy_global_to_shared(t_d, [tile * 64, 0], bar, sT.index(s))
+            tma.store_wait(0)
+            for i in gl.static_range(NWG):
+                tma.async_copy_global_to_shared(v_d, [r, hv * 128 + (vh + i) * 64], bar, sV.index(s * NWG + i))
+        wrap = s == NSTG - 1
+        s = gl.where(wrap, 0, s + 1)
+        ph = gl.where(wrap, ph ^ 1, ph)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale,
+             NSTG: gl.constexpr, NP: gl.constexpr, EARLY: gl.constexpr, ri: gl.constexpr, ci: gl.constexpr):  # fmt: skip
+    mbarrier.wait(full.index(s), ph)
+    g = sG.index(s)
+    if EARLY:
+        gr = g.slice(192, 64).load(ri)
+        gc = _gate_row(g, 0, ci)
+    P = warpgroup_mma(sQ.index(2 * s), sK.index(2 * s).permute((1, 0)), z, use_acc=False, is_async=True)
+    P = warpgroup_mma(sQ.index(2 * s + 1), sK.index(2 * s + 1).permute((1, 0)), P, is_async=True)
+    if EARLY:
+        # (c >> 26 is 0: it keeps 32 compare results from being hoisted into registers)
+        gr = gr + _after(lscale, _opaque_zero(c))
+        mask = (rr + (c >> 26))[:, None] >= cc[None, :]
+        e = gl.exp2(gl.where(mask, gr[:, None] - gc[None, :], float("-inf")))
+    # P(c - NP) has been used once chunk c - NP is released
+    back = s < NP
+    mbarrier.wait(empty.index(gl.where(back, s + NSTG - NP, s - NP)), gl.where(back, ph ^ 1, ph), pred=c >= NP)
+    if not EARLY:
+        gr = g.slice(192, 64).load(ri) + lscale
+        mask = (rr + (c >> 26))[:, None] >= cc[None, :]
+        e = gl.exp2(gl.where(mask, gr[:, None] - _gate_row(g, 0, ci)[None, :], float("-inf")))
+    P = warpgroup_mma_wait(0, [P])
+    sP.index(i).store((P * e).to(gl.bfloat16))
+    fence_async_shared()
+    _barrier()
+    mbarrier.arrive(pfull.index(i), count=1)
+
+
+@gluon.jit
+def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, HV: gl.constexpr,
+            NSTG: gl.constexpr, NP: gl.constexpr, NWG: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """1 warpgroup: P of every chunk, ahead of the consumers and off their chain. EARLY: read the gates before the wgmmas are
+    queued and form the decay while they run (needs 100 registers; otherwise 72 do)"""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    ri: gl.constexpr = gl.SliceLayout(1, L)
+    ci: gl.constexpr = gl.SliceLayout(0, L)
+    z = gl.zeros([64, 64], gl.float32, L)
+    rr = gl.arange(0, 64, ri)
+    cc = gl.arange(0, 64, ci)
+    _barrier()
+    s = 0
+    ph = 0
+    i = 0
+    for c in range(whole):
+        _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale, NSTG, NP, EARLY, ri, ci)
+        wrap = s == NSTG - 1
+        s = gl.where(wrap, 0, s + 1)
+        ph = gl.where(wrap, ph ^ 1, ph)
+        i = gl.where(i == NP - 1, 0, i + 1)
+    if left > 0:
+        B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        row = gl.arange(0, 64, gl.SliceLayout(1, B))[:, None]
+        zero = gl.zeros([64, 64], gl.bfloat16, B)
+        mbarrier.wait(full.index(NSTG), 0)
+        for j in gl.static_range(2):
+            sK.index(2 * s + j).store(gl.where(row < left, sK.index(2 * s + j).load(B), zero))
+            sQ.index(2 * s + j).store(gl.where(row < left, sQ.index(2 * s + j).load(B), zero))
+        for j in gl.static_range(NWG):
+            sV.index(s * NWG + j).store(gl.where(row < left, sV.index(s * NWG + j).load(B), zero))
+        fence_async_shared()
+        _barrier()
+        mbarrier.arrive(full.index(s), count=1)
+        _p_chunk(sQ, sK, sG, sP, full, empty, pfull, whole, s, ph, i, z, rr, cc, lscale, NSTG, NP, EARLY, ri, ci)
+        mbarrier.wait(empty.index(s), ph)
+        at = row * (HV * 128) + gl.arange(0, 64, gl.SliceLayout(0, B))[None, :]
+        for j in gl.static_range(NWG):
+            gl.store(o_ptr + 64 * j + at, sV.index(s * NWG + j).load(B), mask=row < left)
+
+
+@gluon.jit
+def _single_part(h0_ptr, ht_ptr, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                 VS: gl.constexpr, KS: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr,
+                 NP: gl.constexpr):  # fmt: skip
+    """1 warpgroup, 64 rows of V, scheduled for latency. The state is kept in two halves of K (S0, S1), so that one is rounded
+    to bf16 while the other is updated; the loop starts where NV is ready and no wgmma is in flight, and every group of wgmmas
+    has other work in its shadow: O1 scaling and P NV under the state update, O's epilogue under S K^T, S scaling under NV."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
+    ci: gl.constexpr = gl.SliceLayout(0, L)
+    rs: gl.constexpr = gl.SliceLayout(1, L)
+    soff = gl.arange(0, 64, rs)[:, None] * VS + gl.arange(0, 64, ci)[None, :] * KS
+    S0 = gl.load(h0_ptr + soff, mask=stateful, other=0.0).to(gl.float32)
+    S1 = gl.load(h0_ptr + 64 * KS + soff, mask=stateful, other=0.0).to(gl.float32)
+    z = gl.zeros([64, 64], gl.float32, L)
+    _barrier()
+    if nch == 0:
+        gl.store(ht_ptr + soff, S0.to(ht_ptr.dtype.element_ty), mask=stored)
+        gl.store(ht_ptr + 64 * KS + soff, S1.to(ht_ptr.dtype.element_ty), mask=stored)
+    else:
+        # chunk 0 up to NV. pfull says that P is there, and so that the whole chunk is.
+        g = sG.index(0)
+        mbarrier.wait(pfull.index(0), 0)
+        v = sV.index(WG).permute((1, 0)).load(L)
+        e = _gate_row(g, 1, ci)[None, :]
+        glast = g.slice(127, 1).load(rs)[:, None]
+        d = _gate_row(g, 2, ci)[None, :]
+        B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
+        B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
+        SK = warpgroup_mma(B0, sK.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
+        SK = warpgroup_mma(B1, sK.index(1).permute((1, 0)), SK, is_async=True)
+        O1 = warpgroup_mma(B0, sQ.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
+        O1 = warpgroup_mma(B1, sQ.index(1).permute((1, 0)), O1, is_async=True)
+        S0 = S0 * glast
+        S1 = S1 * glast
+        SK = warpgroup_mma_wait(2, [SK])
+        W = gl.convert_layout((v.to(gl.float32) - SK * e).to(gl.bfloat16), A)
+        NV = warpgroup_mma(W, sT.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
+        mbarrier.wait(pfull.index(1), 0, pred=nch > 1)
+        NV, O1 = warpgroup_mma_wait(0, [NV, O1])
+        _barrier()
+        s = 0
+        s1 = 1
+        i = 0
+        i1 = 1
+        i2 = 2
+        pph = 0
+        for c in range(nch - 1):
+            # read what chunk c+1 needs while no wgmma is queued
+            g = sG.index(s1)
+            v1 = sV.index(s1 * NWG + WG).permute((1, 0)).load(L)
+            e1 = _gate_row(g, 1, ci)[None, :]
+            glast = g.slice(127, 1).load(rs)[:, None]
+            # state update of chunk c
+            NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A)
+            S0 = warpgroup_mma(NVd, sK.index(2 * s), S0, is_async=True)
+            S1 = warpgroup_mma(NVd, sK.index(2 * s + 1), S1, is_async=True)
+            es = e * _after(scale, _opaque_zero(c))
+            O1, NV = warpgroup_mma_wait(2, [O1, NV])
+            NVb = gl.convert_layout(NV.to(gl.bfloat16), A)
+            O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O1 * es, is_async=True)
+            # S K^T and S Q^T of chunk c+1
+            S0 = warpgroup_mma_wait(2, [S0])
+            B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
+            SK = warpgroup_mma(B0, sK.index(2 * s1).permute((1, 0)), z, use_acc=False, is_async=True)
+            S1 = warpgroup_mma_wait(2, [S1])
+            B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
+            SK = warpgroup_mma(B1, sK.index(2 * s1 + 1).permute((1, 0)), SK, is_async=True)
+            O1 = warpgroup_mma(B0, sQ.index(2 * s1).permute((1, 0)), z, use_acc=False, is_async=True)
+            O1 = warpgroup_mma(B1, sQ.index(2 * s1 + 1).permute((1, 0)), O1, is_async=True)
+            e = e1
+            # O of chunk c leaves through its V tile; then its stage is free
+            O = warpgroup_mma_wait(4, [O])
+            sV.index(s * NWG + WG).permute((1, 0)).store(O.to(gl.bfloat16))
+            _barrier()
+            mbarrier.arrive(empty.index(s), count=1)
+            _barrier()
+            v1 = _after_bf16(v1, _opaque_zero(c))
+            SK = warpgroup_mma_wait(2, [SK])
+            d = _gate_row(g, 2, ci)[None, :]
+            W = gl.convert_layout((v1.to(gl.float32) - SK * e).to(gl.bfloat16), A)
+            NV = warpgroup_mma(W, sT.index(s1).permute((1, 0)), z, use_acc=False, is_async=True)
+            glast = _after(glast, _opaque_zero(c))
+            S0 = S0 * glast
+            S1 = S1 * glast
+            mbarrier.wait(pfull.index(i2), pph, pred=c + 2 < nch)
+            NV, O1 = warpgroup_mma_wait(0, [NV, O1])
+            s = s1
+            s1 = gl.where(s1 == NSTG - 1, 0, s1 + 1)
+            i = i1
+            i1 = i2
+            wrap = i2 == NP - 1
+            i2 = gl.where(wrap, 0, i2 + 1)
+            pph = gl.where(wrap, pph ^ 1, pph)
+        NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A)
+        S0 = warpgroup_mma(NVd, sK.index(2 * s), S0, is_async=True)
+        S1 = warpgroup_mma(NVd, sK.index(2 * s + 1), S1, is_async=True)
+        O1, NV = warpgroup_mma_wait(2, [O1, NV])
+        NVb = gl.convert_layout(NV.to(gl.bfloat16), A)
+        O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O1 * (e * scale), is_async=True)
+        S0 = warpgroup_mma_wait(2, [S0])
+        gl.store(ht_ptr + soff, S0.to(ht_ptr.dtype.element_ty), mask=stored)
+        S1 = warpgroup_mma_wait(1, [S1])
+        gl.store(ht_ptr + 64 * KS + soff, S1.to(ht_ptr.dtype.element_ty), mask=stored)
+        O = warpgroup_mma_wait(0, [O])
+        sV.index(s * NWG + WG).permute((1, 0)).store(O.to(gl.bfloat16))
+        _barrier()
+        mbarrier.arrive(empty.index(s), count=1)
+
+
+@gluon.jit
+def _pair_part(h0_ptr, ht_ptr, stateful, stored, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+               VS: gl.constexpr, KS: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr,
+               NP: gl.constexpr):  # fmt: skip
+    """1 of 2 warpgroups, 64 rows of V, scheduled for few registers (208): the other one fills the tensor cores meanwhile"""
+    L64: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    L128: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    A64: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L64, k_width=2)
+    A128: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L128, k_width=2)
+    ci: gl.constexpr = gl.SliceLayout(0, L64)
+    rs: gl.constexpr = gl.SliceLayout(1, L128)
+    # two 64 x 64 tiles side by side are one 64 x 128 tile
+    sQ = sQ2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sQ2.layout)
+    sK = sK2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sK2.layout)
+    soff = gl.arange(0, 64, rs)[:, None] * VS + gl.arange(0, 128, gl.SliceLayout(0, L128))[None, :] * KS
+    S = gl.load(h0_ptr + soff, mask=stateful, other=0.0).to(gl.float32)
+    z = gl.zeros([64, 64], gl.float32, L64)
+    _barrier()
+    s = 0
+    ph = 0
+    i = 0
+    pph = 0
+    for c in range(nch):
+        g = sG.index(s)
+        k_s = sK.index(s)
+        o_s = sV.index(s * NWG + WG).permute((1, 0))
+        mbarrier.wait(full.index(s), ph)
+        v = o_s.load(L64)
+        e = _gate_row(g, 1, ci)[None, :]
+        glast = g.slice(127, 1).load(rs)[:, None]
+        Sb = gl.convert_layout(S.to(gl.bfloat16), A64)
+        SK = warpgroup_mma(Sb, k_s.permute((1, 0)), z, use_acc=False, is_async=True)
+        O = warpgroup_mma(Sb, sQ.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
+        SK = warpgroup_mma_wait(1, [SK])
+        W = gl.convert_layout((v.to(gl.float32) - SK * e).to(gl.bfloat16), A64)
+        NV = warpgroup_mma(W, sT.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
+        S = S * _after(glast, _opaque_zero(c))
+        mbarrier.wait(pfull.index(i), pph)
+        d = _gate_row(g, 2, ci)[None, :]
+        O = warpgroup_mma_wait(1, [O])
+        O = O * (_gate_row(g, 1, ci)[None, :] * scale)
+        NV = warpgroup_mma_wait(0, [NV])
+        NVb = gl.convert_layout(NV.to(gl.bfloat16), A64)
+        O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O, is_async=True)
+        NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A128)
+        S = warpgroup_mma(NVd, k_s, S, is_async=True)
+        # O leaves through the V tile
+        O = warpgroup_mma_wait(1, [O])
+        o_s.store(O.to(gl.bfloat16))
+        S = warpgroup_mma_wait(0, [S])
+        _barrier()
+        mbarrier.arrive(empty.index(s), count=1)
+        wrap = s == NSTG - 1
+        s = gl.where(wrap, 0, s + 1)
+        ph = gl.where(wrap, ph ^ 1, ph)
+        wrap = i == NP - 1
+        i = gl.where(wrap, 0, i + 1)
+        pph = gl.where(wrap, pph ^ 1, pph)
+    gl.store(ht_ptr + soff, S.to(ht_ptr.dtype.element_ty), mask=stored)
+
+
+@gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
+def delta_rule_gluon_kernel(
+    q_d,
+    k_d,
+    v_d,
+    t_d,
+    g_d,
+    o_d,
+    o,
+    state,
+    cu_seqlens,
+    read_slots,
+    write_slots,
+    has_state,
+    T,
+    S,
+    stride_s,
+    stride_sh,
+    stride_wn,
+    scale,
+    lscale,
+    H: gl.constexpr,
+    HV: gl.constexpr,
+    VS: gl.constexpr,
+    KS: gl.constexpr,
+    NWG: gl.constexpr,
+    NSTG: gl.constexpr,
+    RC: gl.constexpr,
+    RP: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """One sequence and head. NWG = 1: a CTA owns 64 of its 128 V rows. NWG = 2: all of them, in two warpgroups that share the
+    tiles of Q, K, T and P (40 % less traffic into the SM). N HV (2 / NWG) programs.
+
+    q_d .. o_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates;
+    state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
+    """
+    NP: gl.constexpr = 3
+    SPLIT: gl.constexpr = 2 // NWG
+    pid = gl.program_id(0)
+    vh = pid % SPLIT
+    nh = pid // SPLIT
+    hv = nh % HV
+    n = nh // HV
+    hq = hv // (HV // H)
+    row0 = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
+    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), row0), T)
+    read = gl.load(read_slots + n)
+    write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
+    live = (read >= 0) & (read < S)
+    stateful = live & (gl.load(has_state + n) != 0)
+    stored = live & (write >= 0) & (write < S)
+    # whole chunks, tokens in one more, chunks, and which of them is not whole (-1: none)
+    length = gl.where(live, end - row0, 0)
+    whole = length // 64
+    left = length % 64
+    nch = whole + (left > 0).to(gl.int32)
+    tail = gl.where(left > 0, whole, -1)
+    tile0 = (row0 // 64 + n) * HV + hv
+    sQ = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
+    sK = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
+    sV = gl.allocate_shared_memory(gl.bfloat16, [NSTG * NWG, 64, 64], v_d.layout)
+    sT = gl.allocate_shared_memory(gl.bfloat16, [NSTG, 64, 64], v_d.layout)
+    sG = gl.allocate_shared_memory(gl.float32, [NSTG, 256], g_d.layout)
+    sP = gl.allocate_shared_memory(gl.bfloat16, [NP, 64, 64], v_d.layout)
+    full = gl.allocate_shared_memory(gl.int64, [NSTG + 1, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NSTG, 1], mbarrier.MBarrierLayout())
+    pfull = gl.allocate_shared_memory(gl.int64, [NP, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NSTG + 1):
+        mbarrier.init(full.index(i), count=1)
+    for i in gl.static_range(NSTG):
+        mbarrier.init(empty.index(i), count=NWG)
+    for i in gl.static_range(NP):
+        mbarrier.init(pfull.index(i), count=1)
+    fence_async_shared()
+    _barrier()
+    head = state + hv.to(gl.int64) * stride_sh + vh * 64 * VS
+    h0 = head + gl.where(live, read, 0).to(gl.int64) * stride_s
+    ht = head + gl.where(stored, write, 0).to(gl.int64) * stride_s
+    o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
+    if NWG == 1:
+        gl.warp_specialize([
+            (_single_part, (h0, ht, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                            VS, KS, 0, NWG, NSTG, NP)),
+            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
+                          HV, vh, NSTG, NWG)),
+        ], [4, 1], [RP, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_pair_part, (h0, ht, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                          VS, KS, 0, NWG, NSTG, NP)),
+            (_pair_part, (h0 + 64 * VS, ht + 64 * VS, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch,
+                          scale, VS, KS, 1, NWG, NSTG, NP)),
+            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
+                          HV, vh, NSTG, NWG)),
+        ], [4, 4, 1], [RC, RP, 24])  # fmt: skip

@@ -1,0 +1,341 @@
+"""Runs gdnir/kernels/delta_rule_gluon.py's Gluon kernel on a CPU, which Triton's interpreter cannot: partitions are threads,
+barriers and TMA behave as on the device, layouts mean nothing. It shows what the kernel computes, that every barrier is
+signalled as often as it is waited for, and that nothing is read before it is there; not races that only timing decides.
+
+    with gluon_on_cpu(seed): gluon_impl.gated_delta_rule(...)         # with TRITON_INTERPRET=1, for the Triton kernel before
+
+Where the hardware may do something early or late, it is done as late as the kernel's waits allow: a wgmma computes when it
+is waited for, a TMA store reads shared memory when store_wait says so. Shared memory begins as NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+import types
+
+import torch
+
+NAN = float("nan")
+local = threading.local()
+
+
+class Pointer:
+    def __init__(self, memory, at=0):
+        self.memory, self.at = memory, at
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.memory, self.at + offset)
+
+
+def pointer(tensor):
+    flat = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return Pointer(flat, tensor.storage_offset())
+
+
+def load(p, mask=True, other=None):
+    at, mask = torch.broadcast_tensors(torch.as_tensor(p.at), torch.as_tensor(mask))
+    assert bool((~mask | ((at >= 0) & (at < p.memory.numel()))).all()), "a bad address"
+    values = p.memory[torch.where(mask, at, 0)]
+    return torch.where(mask, values, other) if other is not None else values
+
+
+def store(p, value, mask=True):
+    at, mask = torch.broadcast_tensors(torch.as_tensor(p.at), torch.as_tensor(mask))
+    assert bool((~mask | ((at >= 0) & (at < p.memory.numel()))).all()), "a bad address"
+    assert value.dtype == p.memory.dtype
+    p.memory[at[mask]] = value.expand(at.shape)[mask]
+
+
+class Shared:
+    """A tile of shared memory: `get` looks at it when it is used, not when it is named."""
+
+    def __init__(self, get, layout=None):
+        self.get, self.layout = get, layout
+
+    def index(self, i):
+        return Shared(lambda: self.get()[int(i)])
+
+    def slice(self, start, length):
+        return Shared(lambda: self.get()[start : start + length])
+
+    def permute(self, order):
+        return Shared(lambda: self.get().permute(order))
+
+    def load(self, layout=None):
+        return self.get().clone()
+
+    def store(self, value):
+        tile = self.get()
+        assert value.dtype == tile.dtype
+        tile.copy_(value)
+
+    def _reinterpret(self, dtype, shape, layout):
+        count, rows, columns = shape
+        # Tiles of 64 columns lie one after the other; read only.
+        return Shared(lambda: self.get().view(count, -1, rows, 64).permute(0, 2, 1, 3).reshape(shape))
+
+
+class Barrier:
+    def __init__(self):
+        self.changed = threading.Condition()
+
+    def start(self, count):
+        self.count, self.left, self.bytes, self.phase = count, count, 0, 0
+
+    def update(self, arrivals=0, size=0):
+        with self.changed:
+            self.left -= arrivals
+            self.bytes += size
+            assert self.left >= 0, "arrived more often than the barrier counts"
+            if self.left == 0 and self.bytes == 0:
+                self.left, self.phase = self.count, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, parity):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase & 1 != int(parity), timeout=20), "deadlock"
+
+
+class Barriers:
+    def __init__(self, count):
+        self.all = [Barrier() for _ in range(count)]
+
+    def index(self, i):
+        return self.all[int(i)]
+
+
+def pause():
+    """Let another partition run now, or not: each seed is another interleaving."""
+    if local.random.random() < 0.3:
+        threading.Event().wait(0.0003)
+
+
+class Mbarrier:
+    MBarrierLayout = staticmethod(lambda: None)
+
+    @staticmethod
+    def init(barrier, count):
+        barrier.start(count)
+
+    @staticmethod
+    def expect(barrier, size):
+        barrier.update(arrivals=1, size=size)
+
+    @staticmethod
+    def arrive(barrier, count):
+        pause()
+        barrier.update(arrivals=count)
+
+    @staticmethod
+    def wait(barrier, parity, pred=True):
+        pause()
+        if pred:
+            barrier.wait(parity)
+
+
+class Tma:
+    @staticmethod
+    def box(descriptor, coordinates):
+        """(tensor, slices of it, slices of the box): both clipped to the tensor."""
+        inside, box = [], []
+        for at, size, limit in zip(coordinates, descriptor.block_shape, descriptor.shape, strict=True):
+            at = int(at)
+            low, high = min(max(at, 0), limit), min(max(at + size, 0), limit)
+            inside.append(slice(low, high))
+            box.append(slice(low - at, high - at))
+        whole = torch.as_strided(
+            descriptor.base, tuple(descriptor.shape), tuple(descriptor.strides), descriptor.base.storage_offset()
+        )
+        return whole, tuple(inside), tuple(box)
+
+    @staticmethod
+    def async_copy_global_to_shared(descriptor, coordinates, barrier, tile):
+        whole, inside, box = Tma.box(descriptor, coordinates)
+        target = tile.get()
+        target.zero_()
+        target[box] = whole[inside]
+        barrier.update(size=-target.numel() * target.element_size())
+
+    @staticmethod
+    def async_copy_shared_to_global(descriptor, coordinates, tile):
+        local.stores.append((descriptor, [int(c) for c in coordinates], tile.get()))
+
+    @staticmethod
+    def store_wait(pending):
+        while len(local.stores) > pending:
+            descriptor, coordinates, source = local.stores.pop(0)
+            whole, inside, box = Tma.box(descriptor, coordinates)
+            whole[inside] = source[box]
+
+
+class Wgmma:
+    """A product in flight."""
+
+    def __init__(self, a, b, acc):
+        self.a, self.b, self.acc, self.value = a, b, acc, None
+
+    def run(self):
+        a = self.a.get() if isinstance(self.a, Shared) else self.a
+        assert a.dtype == self.b.get().dtype == torch.bfloat16
+        acc = self.acc.value if isinstance(self.acc, Wgmma) else self.acc
+        product = a.float() @ self.b.get().float()
+        self.value = product if acc is None else acc + product
+
+
+def warpgroup_mma(a, b, acc, *, use_acc=True, is_async):
+    assert is_async
+    found = Wgmma(a if isinstance(a, Shared) else a.clone(), b, acc if use_acc else None)
+    local.wgmmas.append(found)
+    return found
+
+
+def warpgroup_mma_wait(pending, deps):
+    while len(local.wgmmas) > pending:
+        local.wgmmas.pop(0).run()
+    done = []
+    for dep in deps:
+        assert not isinstance(dep, Wgmma) or dep.value is not None, "read before it was waited for"
+        done.append(dep.value if isinstance(dep, Wgmma) else dep)
+    return done[0] if len(done) == 1 else tuple(done)
+
+
+def run_partition(function, args, seed, errors):
+    local.wgmmas, local.stores, local.random = [], [], random.Random(seed)
+    try:
+        function(*args)
+        assert not local.wgmmas and not local.stores, "work left in flight"
+    except BaseException as error:
+        errors.append(error)
+
+
+class Cpu:
+    """What the kernel finds as `gl`."""
+
+    constexpr = object
+    int32, int64, float32, bfloat16 = torch.int32, torch.int64, torch.float32, torch.bfloat16
+    load, store = staticmethod(load), staticmethod(store)
+    exp2, static_range = staticmethod(torch.exp2), range
+    minimum = staticmethod(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)))
+    maximum = staticmethod(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)))
+
+    def __init__(self, pid, seed):
+        self.pid, self.seed = pid, seed
+
+    def __getattr__(self, name):
+        assert name.endswith("Layout"), name
+        return lambda *args, **kwargs: None
+
+    def program_id(self, axis):
+        return torch.tensor(self.pid, dtype=torch.int32)
+
+    def where(self, condition, a, b):
+        return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
+
+    def arange(self, start, stop, layout):
+        return torch.arange(start, stop, dtype=torch.int32)
+
+    def zeros(self, shape, dtype, layout):
+        return torch.zeros(shape, dtype=dtype)
+
+    def convert_layout(self, x, layout, assert_trivial=False):
+        return x
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        if dtype == torch.int64:
+            return Barriers(shape[0])
+        memory = torch.full(shape, NAN, dtype=dtype)
+        return Shared(lambda: memory, layout)
+
+    def warp_specialize(self, parts, warps, registers):
+        errors = []
+        threads = [
+            threading.Thread(target=run_partition, args=(*part, f"{self.seed} {self.pid} {i}", errors), daemon=True)
+            for i, part in enumerate(parts)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+class Launched:
+    """Stands for the Gluon kernel: `kernel[grid](...)` runs it."""
+
+    def __init__(self, kernels, seed):
+        self.kernels, self.seed = kernels, seed
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: [self.run(pid, args, kwargs) for pid in range(grid[0])]
+
+    def run(self, pid, args, kwargs):
+        module = self.kernels
+        names = {
+            **vars(module),
+            "gl": Cpu(pid, self.seed),
+            "tma": Tma,
+            "mbarrier": Mbarrier,
+            "fence_async_shared": lambda: None,
+            "warpgroup_mma": warpgroup_mma,
+            "warpgroup_mma_wait": warpgroup_mma_wait,
+        }
+        for name, value in vars(module).items():
+            if type(value).__name__ == "GluonJITFunction":
+                function = value.fn
+                names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
+        names |= {
+            "_barrier": lambda: None,
+            "_opaque_zero": lambda c: 0,
+            "_after": lambda x, zero: x,
+            "_after_bf16": lambda x, zero: x,
+        }
+        arguments = [self.argument(x) for x in args]
+        options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg")}
+        names["delta_rule_gluon_kernel"](*arguments, **options)
+
+    def argument(self, x):
+        if isinstance(x, torch.Tensor):
+            return pointer(x)
+        if hasattr(x, "block_shape"):
+            return x
+        return torch.tensor(x, dtype=torch.int64 if isinstance(x, int) else torch.float32)
+
+
+@contextlib.contextmanager
+def gluon_on_cpu(seed=0):
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from gdnir.kernels import delta_rule_gluon as kernels
+
+    original, interval = kernels.delta_rule_gluon_kernel, sys.getswitchinterval()
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(handle):
+        """The interpreter holds bf16 as its bits, and multiplies those."""
+        bits = handle.data.astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def rounded(self, src, dst_type):
+        """It cuts bits off, where the device rounds."""
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16)
+            return TensorHandle(bits.numpy(), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    InterpreterBuilder.cast_impl = rounded
+    kernels.delta_rule_gluon_kernel = Launched(types.SimpleNamespace(**vars(kernels)), seed)
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        kernels.delta_rule_gluon_kernel = original
+        InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot, cast
