@@ -1,8 +1,8 @@
-"""Runs gdnir/kernels/delta_rule_gluon.py's Gluon kernel on a CPU, which Triton's interpreter cannot: partitions are threads,
+"""Runs the kernels of gdnir/kernels/*_gluon*.py on a CPU, which Triton's interpreter cannot: partitions are threads,
 barriers and TMA behave as on the device, layouts mean nothing. It shows what the kernel computes, that every barrier is
 signalled as often as it is waited for, and that nothing is read before it is there; not races that only timing decides.
 
-    with gluon_on_cpu(seed): gluon_impl.gated_delta_rule(...)         # with TRITON_INTERPRET=1, for the Triton kernel before
+    with gluon_on_cpu(seed): gluon_impl.gated_delta_rule(...)
 
 Where the hardware may do something early or late, it is done as late as the kernel's waits allow: a wgmma computes when it
 is waited for, a TMA store reads shared memory when store_wait says so. Shared memory begins as NaN.
@@ -46,6 +46,7 @@ def load(p, mask=True, other=None):
 def store(p, value, mask=True):
     at, mask = torch.broadcast_tensors(torch.as_tensor(p.at), torch.as_tensor(mask))
     assert bool((~mask | ((at >= 0) & (at < p.memory.numel()))).all()), "a bad address"
+    value = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=p.memory.dtype)
     assert value.dtype == p.memory.dtype
     p.memory[at[mask]] = value.expand(at.shape)[mask]
 
@@ -59,8 +60,8 @@ class Shared:
     def index(self, i):
         return Shared(lambda: self.get()[int(i)])
 
-    def slice(self, start, length):
-        return Shared(lambda: self.get()[start : start + length])
+    def slice(self, start, length, dim=0):
+        return Shared(lambda: self.get().narrow(dim, start, length))
 
     def permute(self, order):
         return Shared(lambda: self.get().permute(order))
@@ -216,9 +217,10 @@ class Cpu:
     """What the kernel finds as `gl`."""
 
     constexpr = object
-    int32, int64, float32, bfloat16 = torch.int32, torch.int64, torch.float32, torch.bfloat16
+    int32, int64, float32, float16, bfloat16 = torch.int32, torch.int64, torch.float32, torch.float16, torch.bfloat16
     load, store = staticmethod(load), staticmethod(store)
-    exp2, static_range = staticmethod(torch.exp2), range
+    exp2, sum, static_range = staticmethod(torch.exp2), staticmethod(torch.sum), range
+    associative_scan = staticmethod(lambda x, axis, combine: torch.cumsum(x, axis))  # every scan here is a sum
     minimum = staticmethod(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)))
     maximum = staticmethod(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)))
 
@@ -233,6 +235,8 @@ class Cpu:
         return torch.tensor(self.pid, dtype=torch.int32)
 
     def where(self, condition, a, b):
+        if isinstance(a, Pointer):
+            return a if condition else b
         return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
 
     def arange(self, start, stop, layout):
@@ -265,10 +269,10 @@ class Cpu:
 
 
 class Launched:
-    """Stands for the Gluon kernel: `kernel[grid](...)` runs it."""
+    """Stands for a Gluon kernel: `kernel[grid](...)` runs it."""
 
-    def __init__(self, kernels, seed):
-        self.kernels, self.seed = kernels, seed
+    def __init__(self, kernels, name, seed):
+        self.kernels, self.name, self.seed = kernels, name, seed
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: [self.run(pid, args, kwargs) for pid in range(grid[0])]
@@ -283,6 +287,7 @@ class Launched:
             "fence_async_shared": lambda: None,
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": warpgroup_mma_wait,
+            "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(),
         }
         for name, value in vars(module).items():
             if type(value).__name__ == "GluonJITFunction":
@@ -296,7 +301,9 @@ class Launched:
         }
         arguments = [self.argument(x) for x in args]
         options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg")}
-        names["delta_rule_gluon_kernel"](*arguments, **options)
+        local.wgmmas, local.stores, local.random = [], [], random.Random(self.seed)
+        names[self.name](*arguments, **options)
+        assert not local.stores, "work left in flight"
 
     def argument(self, x):
         if isinstance(x, torch.Tensor):
@@ -308,34 +315,17 @@ class Launched:
 
 @contextlib.contextmanager
 def gluon_on_cpu(seed=0):
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep
 
-    from gdnir.kernels import delta_rule_gluon as kernels
-
-    original, interval = kernels.delta_rule_gluon_kernel, sys.getswitchinterval()
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def widened(handle):
-        """The interpreter holds bf16 as its bits, and multiplies those."""
-        bits = handle.data.astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
-
-    def rounded(self, src, dst_type):
-        """It cuts bits off, where the device rounds."""
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16)
-            return TensorHandle(bits.numpy(), tl.bfloat16)
-        return cast(self, src, dst_type)
-
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    InterpreterBuilder.cast_impl = rounded
-    kernels.delta_rule_gluon_kernel = Launched(types.SimpleNamespace(**vars(kernels)), seed)
+    found = (delta_rule_gluon, "delta_rule_gluon_kernel"), (delta_rule_gluon_prep, "delta_rule_gluon_prep_kernel")
+    originals = [getattr(module, name) for module, name in found]
+    interval = sys.getswitchinterval()
+    for module, name in found:
+        setattr(module, name, Launched(types.SimpleNamespace(**vars(module)), name, seed))
     sys.setswitchinterval(1e-4)
     try:
         yield
     finally:
         sys.setswitchinterval(interval)
-        kernels.delta_rule_gluon_kernel = original
-        InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot, cast
+        for (module, name), original in zip(found, originals, strict=True):
+            setattr(module, name, original)

@@ -14,7 +14,7 @@ from triton_cases import Case as Batch
 from triton_cases import make_seq as make_batch
 
 from gdnir import oracle_ops
-from gdnir.lowering import gluon_impl
+from gdnir.lowering import gluon_rule
 
 SCALE = 128**-0.5
 SCHEDULES = ("single", "pair")
@@ -22,11 +22,11 @@ SCHEDULES = ("single", "pair")
 
 def only(schedule, monkeypatch):
     """From now on this schedule is taken, whatever the shape."""
-    monkeypatch.setattr(gluon_impl, "SINGLE", SETTINGS[schedule])
-    monkeypatch.setattr(gluon_impl, "PAIR", SETTINGS[schedule])
+    monkeypatch.setattr(gluon_rule, "SINGLE", SETTINGS[schedule])
+    monkeypatch.setattr(gluon_rule, "PAIR", SETTINGS[schedule])
 
 
-SETTINGS = {"single": gluon_impl.SINGLE, "pair": gluon_impl.PAIR}
+SETTINGS = {"single": gluon_rule.SINGLE, "pair": gluon_rule.PAIR}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Case:
     state_dtype: torch.dtype = torch.float32
     views: bool = False  # q, k, v are columns of one tensor
     broken: int = -1  # the row whose operands are NaN
+    segment: int | None = None  # chunks of a segment; 0: no sequence is cut
 
 
 def fresh(*lengths):
@@ -89,6 +90,15 @@ CASES = [
     Case("state-strided", cont(66, 0), state="strided"),
     Case("state-apart", cont(66, 0), state="apart"),
     *(Case(f"gate{g}", cont(130), gate=g) for g in (0.0, -20.0, -1e4, float("-inf"), "mixed")),
+    # Cut: of one chunk with a tail; of two among short ones, three segments and a last one of few tokens; other slots and
+    # states; padding; what a cut sequence leaves in `starts` and `steps` must not meet its neighbour's.
+    Case("cut-1", cont(64 * 4 + 3), segment=1),
+    Case("cut-2-ragged", cont(64 * 6, 3, 64 * 6 + 1, 64, 0, 129), segment=2),
+    Case("cut-1-side-by-side", cont(129, 193, 64 * 3, 65), segment=1),
+    Case("cut-2-fresh-elsewhere", ((64 * 7, False, 0, 1), (64 * 5, True, 2, 3)), segment=2, state_dtype=torch.bfloat16),
+    Case("cut-1-padded", ((200, True, -1, 0), (200, True, 1, -1), (200, True, 99, 2), (130, False, 3, 3)), segment=1),
+    Case("cut-1-gates", cont(64 * 4), segment=1, gate="mixed", heads=(1, 2)),
+    Case("cut-1-broken", cont(200, 130, 200), broken=1, segment=1, state="strided"),
     *(
         # No similar keys with beta = 2: along their direction the state is reflected, not forgotten, and what the rounding of
         # T to bf16 loses adds up, to several percent.
@@ -112,6 +122,9 @@ LONG = [
     Case("identical-long", cont(1000), heads=(2, 4), keys="identical", beta=1.0, gate=0.0),
     Case("correlated-long", cont(1000), heads=(2, 4), keys="correlated", beta=1.0, gate=0.0),
     Case("mixed-long", cont(1000, 70), heads=(2, 4), gate="mixed"),
+    Case("cut-long", cont(3000, 64, 2000, 1500), heads=(2, 8), segment=5),
+    Case("cut-identical-long", cont(1000), heads=(2, 4), keys="identical", beta=1.0, gate=0.0, segment=2),
+    Case("cut-correlated-long", cont(1000), heads=(2, 4), keys="correlated", beta=1.0, gate=0.0, segment=2),
 ]
 
 
@@ -196,7 +209,7 @@ def poisoned():
         empty=empty, cuda=torch.cuda, float32=torch.float32, contiguous_format=torch.contiguous_format
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gluon_impl, "torch", fake)
+        patch.setattr(gluon_rule, "torch", fake)
         yield
     for buffer in buffers:
         assert (torch.cat([buffer[:CANARY], buffer[-CANARY:]]) == 7).all(), "a write outside the output"
@@ -221,7 +234,7 @@ def assert_close(got, want, label, limit=5e-3):
 
 
 def run(case, seq, inputs, pool):
-    return gluon_impl.gated_delta_rule(*inputs, pool, seq, scale=SCALE, state_layout="vk")
+    return gluon_rule.delta_rule_prefill(*inputs, pool, seq, scale=SCALE, segment=case.segment)
 
 
 def check(case, device):

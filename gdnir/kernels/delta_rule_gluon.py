@@ -7,7 +7,7 @@ diag(beta) K K^T, -1))^-1 * exp2(G_i - G_j)) diag(beta):
   S'   = exp2(G_last) S + (NV^T exp2(G_last - G)) K                             [arXiv:2412.06464, arXiv:2406.06484]
 V is the M dimension of every product, so that S, W and NV enter the wgmmas as register operands.
 
-delta_rule_gluon_prep_kernel (Triton) computes T and the gates, delta_rule_gluon_kernel (Gluon) the rest. Between them:
+delta_rule_gluon_prep_kernel computes T and the gates, delta_rule_gluon_kernel the rest. Between them:
   transform bf16 [chunks * HV * 64, 64]: T of chunk number c and head h is the tile from row (c HV + h) 64.
   gates f32 [chunks * HV * 256]: of (c, h) four rows of 64: G, exp2(G), exp2(G_last - G) in the order of _gate_row, and G.
   Chunk c of sequence n has the number start_n // 64 + n + c, which no other chunk has; some numbers are free.
@@ -15,9 +15,7 @@ Rows of a last chunk behind its sequence's end: zero in T, rows and columns, and
 Metadata is read on the device and never trusted: a bad slot or a malformed cu_seqlens must not become a bad address.
 """
 
-import triton
 import triton.experimental.gluon.language as gl
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -27,194 +25,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .delta_rule_gluon_prep import _barrier
+
 # What descriptors of [64, 64] tiles of bf16, and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
-_VARYING = ["T", "N", "S", "stride_wn"]
+_VARYING = ["T", "N", "S", "SEGMENT", "CUT", "stride_wn"]
 # A part of a batch is a slice of these, at any alignment.
 _SLICED = ["cu_seqlens", "read_slots", "write_slots", "has_state", "error"]
 
-# Triton 3.7 renamed it.
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
-
-@triton.jit
-def _find_chunk(cu_seqlens, number, T, N):
-    """(n, c): the chunk of this number. Tokens behind the last sequence are sequence N. c may lie outside the sequence."""
+@gluon.jit
+def _find_sequence(cu_seqlens, number, T, N, SEGMENT):
+    """The last n in [0, N) of which a segment can have this number: start_n // (64 SEGMENT) <= number."""
     n = number * 0
-    left = N + 1
+    left = N
     while left > 1:
         half = left // 2
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + half), 0), T)
-        n += tl.where(start // 64 + n + half <= number, half, 0)
+        start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + half), 0), T)
+        n += gl.where(start // (64 * SEGMENT) <= number, half, 0)
         left -= half
-    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), T)
-    return n, number - start // 64 - n
-
-
-@triton.jit
-def _split(x):
-    """x as a sum of two bf16 tiles: 16 bits of mantissa."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def _dot(a, b):
-    """a b^T of split tiles. An accumulator is, as it lies in registers, a left operand and the transpose of a right one."""
-    small = tl.dot(a[1], tl.trans(b[0]), tl.dot(a[0], tl.trans(b[1])))
-    return tl.dot(a[0], tl.trans(b[0]), small)
-
-
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
-def delta_rule_gluon_prep_kernel(
-    k,
-    g,
-    beta,
-    transform,
-    gates,
-    o,
-    cu_seqlens,
-    read_slots,
-    write_slots,
-    error,
-    T,
-    N,
-    S,
-    stride_kt,
-    stride_gt,
-    stride_bt,
-    stride_wn,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """T and gates of one chunk and value head; zeros in o where a chunk has no live sequence.
-
-    One warp: 16 x 16 blocks of the chunk's matrices in registers, their products by mma.sync, and no barrier waits for
-    another warp. k [T,H,128] through its token stride, o [T,HV,128] contiguous. (T // 64 + N + 1) HV programs.
-    """
-    pid = tl.program_id(0)
-    number = pid // HV  # heads vary fastest: neighbours read the same rows of memory
-    h = pid % HV
-    n, c = _find_chunk(cu_seqlens, number, T, N)
-    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), T)
-    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1, mask=n < N, other=T), start), T)
-    read = tl.load(read_slots + n, mask=n < N, other=-1)
-    write = tl.load(write_slots + n.to(tl.int64) * stride_wn, mask=n < N, other=-1)
-    tl.store(error, 1, mask=(c == 0) & (h == 0) & ((read >= S) | (write >= S)))
-    t0 = start + c * 64
-    i = tl.arange(0, 64)
-    rows = (t0 + i).to(tl.int64)
-    inside = t0 + i < end  # the rows behind are the next sequence's, of which even a NaN must not matter
-    if (c >= 0) & (t0 < end):
-        if (read >= 0) & (read < S):
-            i16 = tl.arange(0, 16)
-            row, col = i16[:, None], i16[None, :]
-            kk = tl.arange(0, BK)[None, :]
-            # Blocks (a, b), a <= b, of K K^T at b (b + 1) / 2 + a.
-            gram = ()
-            for _ in tl.static_range(10):
-                gram = gram + (tl.zeros([16, 16], tl.float32),)
-            for k0 in tl.static_range(0, 128, BK):
-                keys = ()
-                for part in tl.static_range(4):
-                    key_row = t0 + part * 16 + row
-                    at_key = k + key_row.to(tl.int64) * stride_kt + h // (HV // H) * 128 + k0 + kk
-                    keys = keys + (tl.load(at_key, mask=key_row < end, other=0.0),)
-                new = ()
-                for below in tl.static_range(4):
-                    for above in tl.static_range(below + 1):
-                        old = gram[below * (below + 1) // 2 + above]
-                        new = new + (tl.dot(keys[above], tl.trans(keys[below]), old),)
-                gram = new
-
-            tile = transform + (number * HV + h).to(tl.int64) * 4096
-            line = gates + (number * HV + h).to(tl.int64) * 256
-            # exp2(-160) is 0: a smaller gate (-inf too) resets as well, and sums of 64 of them stay exact enough.
-            log2 = tl.load(g + rows * stride_gt + h, mask=inside, other=0.0) * 1.4426950408889634
-            total = tl.cumsum(tl.maximum(log2, -160.0), 0)
-            last = tl.sum(tl.where(i == 63, total, 0.0), axis=0)
-            place = 16 * (i % 8 // 2) + 2 * (i // 8) + i % 2
-            tl.store(line + place, total)
-            tl.store(line + 64 + place, tl.exp2(total))
-            tl.store(line + 128 + place, tl.exp2(last - total))
-            tl.store(line + 192 + i, total)
-
-            # Of I + L, L = tril(diag(beta) K K^T, -1), the four 16 x 16 blocks on the diagonal are inverted by forward
-            # substitution in f32. A lane has two columns of one block's inverse (col8, col8 + 8), and reads the entries
-            # of L, which its block's lanes share. The memory of T is scratch until T is known: 1024 f32 of L by row,
-            # column and block, then 1024 of the inverses by row, block and column.
-            scratch = tile.to(tl.pointer_type(tl.float32))
-            beta_row = ()
-            for a in tl.static_range(4):
-                t = t0 + a * 16 + i16
-                strength = tl.load(beta + t.to(tl.int64) * stride_bt + h, mask=t < end, other=0.0)
-                beta_row = beta_row + (strength[None, :],)
-                tl.store(scratch + (col * 64 + row * 4 + a), gram[a * (a + 1) // 2 + a] * beta_row[a])
-            tl.debug_barrier()
-            lane = tl.arange(0, 32)
-            col8 = lane % 8
-            entry = scratch + lane // 8
-            out_at = scratch + 1024 + lane // 8 * 16 + col8
-            x = ()
-            y = ()
-            for r in tl.static_range(16):
-                left_sum = tl.where(col8 == r, 1.0, 0.0)
-                right_sum = tl.where(col8 + 8 == r, 1.0, 0.0)
-                for j in tl.static_range(r):
-                    factor = tl.load(entry + r * 64 + j * 4)
-                    left_sum -= factor * x[j]
-                    if j >= 8:
-                        right_sum -= factor * y[j]
-                x = x + (left_sum,)
-                y = y + (right_sum,)
-                tl.store(out_at + r * 64, left_sum)
-                tl.store(out_at + r * 64 + 8, right_sum)
-            tl.debug_barrier()
-            diagonal = ()  # blocks of the inverse, and their transposes
-            turned = ()
-            sums = ()
-            for a in tl.static_range(4):
-                diagonal = diagonal + (tl.load(scratch + 1024 + a * 16 + row * 64 + col),)
-                turned = turned + (_split(tl.load(scratch + 1024 + a * 16 + col * 64 + row)),)
-                sums = sums + (tl.load(line + 192 + a * 16 + i16),)
-            tl.debug_barrier()
-
-            # 16 -> 32 -> 64 by [[A, 0], [L, B]]^-1 = [[A^-1, 0], [-B^-1 L A^-1, B^-1]]. Every entry on the way is one
-            # of an inverse, hence bounded, where the powers of a Neumann series grow for keys that resemble each other.
-            # Below, aij and lij are blocks of the inverse and of L, ending in t if transposed.
-            a0t, a1t, a2t = turned[0], turned[1], turned[2]
-            a1, a2, a3 = _split(diagonal[1]), _split(diagonal[2]), _split(diagonal[3])
-            l10t, l32t = _split(gram[1] * beta_row[1]), _split(gram[8] * beta_row[3])
-            l20t, l21t = _split(gram[3] * beta_row[2]), _split(gram[4] * beta_row[2])
-            l30t, l31t = _split(gram[6] * beta_row[3]), _split(gram[7] * beta_row[3])
-            product = _split(_dot(a1, l10t))
-            f10 = -_dot(product, a0t)
-            a10t = _split(-_dot(a0t, product))
-            f32 = -_dot(_split(_dot(a3, l32t)), a2t)
-            a32 = _split(f32)
-            y20, y21 = _split(_dot(a2, l20t)), _split(_dot(a2, l21t))
-            y30 = _split(_dot(a32, l20t) + _dot(a3, l30t))
-            y31 = _split(_dot(a32, l21t) + _dot(a3, l31t))
-            f20, f21 = -_dot(y20, a0t) - _dot(y21, a10t), -_dot(y21, a1t)
-            f30, f31 = -_dot(y30, a0t) - _dot(y31, a10t), -_dot(y31, a1t)
-
-            inverse = (diagonal[0], f10, diagonal[1], f20, f21, diagonal[2], f30, f31, f32, diagonal[3])
-            for a in tl.static_range(4):
-                for b in tl.static_range(4):
-                    if a >= b:
-                        kept = a * 16 + row >= b * 16 + col
-                        since = tl.where(kept, sums[a][:, None] - sums[b][None, :], float("-inf"))
-                        out = inverse[a * (a + 1) // 2 + b] * tl.exp2(since) * beta_row[b]
-                    else:
-                        out = tl.zeros([16, 16], tl.float32)
-                    tl.store(tile + (a * 1024 + b * 16) + (row * 64 + col), out.to(tl.bfloat16))
-        else:
-            at = o + (rows[:, None] * HV + h) * 128 + tl.arange(0, 128)[None, :]
-            tl.store(at, tl.zeros([64, 128], tl.bfloat16), mask=inside[:, None])
+    return n
 
 
 @gluon.jit
@@ -267,7 +100,7 @@ def _gate_row(g, ROW: gl.constexpr, ci: gl.constexpr):
 
 
 @gluon.jit
-def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
+def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, summary, row0, tile0, hq, hv,
                HV: gl.constexpr, vh, NSTG: gl.constexpr, NWG: gl.constexpr):  # fmt: skip
     """1 warp. Loads chunk c once chunk c - NSTG is released; the consumers left O of that chunk in its V tile, from where it
     is stored first. The generic-to-async proxy fence is here, not in the consumers, where it costs 300 cycles."""
@@ -279,7 +112,7 @@ def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nc
         if c >= NSTG:
             mbarrier.wait(empty.index(s), ph)
             fence_async_shared()
-            if c - NSTG != tail:
+            if (c - NSTG != tail) & (summary == 0):
                 for i in gl.static_range(NWG):
                     o_at = [r - 64 * NSTG, hv * 128 + (vh + i) * 64]
                     tma.async_copy_shared_to_global(o_d, o_at, sV.index(s * NWG + i))
@@ -332,8 +165,8 @@ def _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale,
 
 
 @gluon.jit
-def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, HV: gl.constexpr,
-            NSTG: gl.constexpr, NP: gl.constexpr, NWG: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_ptr, lscale, HV: gl.constexpr,
+            NSTG: gl.constexpr, NP: gl.constexpr, NWG: gl.constexpr, EARLY: gl.constexpr, PART: gl.constexpr):  # fmt: skip
     """1 warpgroup: P of every chunk, ahead of the consumers and off their chain. EARLY: read the gates before the wgmmas are
     queued and form the decay while they run (needs 100 registers; otherwise 72 do)"""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -346,6 +179,8 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, 
     s = 0
     ph = 0
     i = 0
+    if PART == 1:
+        whole = gl.where(summary != 0, 0, whole)
     for c in range(whole):
         _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale, NSTG, NP, EARLY, ri, ci)
         wrap = s == NSTG - 1
@@ -373,9 +208,30 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, 
 
 
 @gluon.jit
-def _single_part(h0_ptr, ht_ptr, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                 VS: gl.constexpr, KS: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr,
-                 NP: gl.constexpr):  # fmt: skip
+def _load_rows(ends, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):
+    """Some of the 64 rows of the state with which warpgroup WG starts, f32."""
+    h0_ptr, ht_ptr, slots, stateful, stored, kept, one = ends
+    if PART == 2:
+        S = gl.load(slots + (WG * 64 + rows) * 128 + columns, mask=stateful, other=0.0)
+    else:
+        S = gl.load(h0_ptr + (WG * 64 + rows) * VS + columns * KS, mask=stateful, other=0.0).to(gl.float32)
+    if PART == 1:
+        S = S + gl.where(one + WG * 64 + rows == columns, 1.0, 0.0)
+    return S
+
+
+@gluon.jit
+def _store_rows(ends, S, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):
+    h0_ptr, ht_ptr, slots, stateful, stored, kept, one = ends
+    gl.store(ht_ptr + (WG * 64 + rows) * VS + columns * KS, S.to(ht_ptr.dtype.element_ty), mask=stored)
+    if PART == 1:
+        gl.store(slots + (WG * 64 + rows) * 128 + columns, S, mask=kept)
+
+
+@gluon.jit
+def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                 WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
+                 VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
     """1 warpgroup, 64 rows of V, scheduled for latency. The state is kept in two halves of K (S0, S1), so that one is rounded
     to bf16 while the other is updated; the loop starts where NV is ready and no wgmma is in flight, and every group of wgmmas
     has other work in its shadow: O1 scaling and P NV under the state update, O's epilogue under S K^T, S scaling under NV."""
@@ -383,14 +239,15 @@ def _single_part(h0_ptr, ht_ptr, stateful, stored, sQ, sK, sV, sT, sG, sP, full,
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
     ci: gl.constexpr = gl.SliceLayout(0, L)
     rs: gl.constexpr = gl.SliceLayout(1, L)
-    soff = gl.arange(0, 64, rs)[:, None] * VS + gl.arange(0, 64, ci)[None, :] * KS
-    S0 = gl.load(h0_ptr + soff, mask=stateful, other=0.0).to(gl.float32)
-    S1 = gl.load(h0_ptr + 64 * KS + soff, mask=stateful, other=0.0).to(gl.float32)
+    rows = gl.arange(0, 64, rs)[:, None]
+    columns = gl.arange(0, 64, ci)[None, :]
+    S0 = _load_rows(ends, rows, columns, WG, VS, KS, PART)
+    S1 = _load_rows(ends, rows, columns + 64, WG, VS, KS, PART)
     z = gl.zeros([64, 64], gl.float32, L)
     _barrier()
     if nch == 0:
-        gl.store(ht_ptr + soff, S0.to(ht_ptr.dtype.element_ty), mask=stored)
-        gl.store(ht_ptr + 64 * KS + soff, S1.to(ht_ptr.dtype.element_ty), mask=stored)
+        _store_rows(ends, S0, rows, columns, WG, VS, KS, PART)
+        _store_rows(ends, S1, rows, columns + 64, WG, VS, KS, PART)
     else:
         # chunk 0 up to NV. pfull says that P is there, and so that the whole chunk is.
         g = sG.index(0)
@@ -473,9 +330,9 @@ def _single_part(h0_ptr, ht_ptr, stateful, stored, sQ, sK, sV, sT, sG, sP, full,
         NVb = gl.convert_layout(NV.to(gl.bfloat16), A)
         O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O1 * (e * scale), is_async=True)
         S0 = warpgroup_mma_wait(2, [S0])
-        gl.store(ht_ptr + soff, S0.to(ht_ptr.dtype.element_ty), mask=stored)
+        _store_rows(ends, S0, rows, columns, WG, VS, KS, PART)
         S1 = warpgroup_mma_wait(1, [S1])
-        gl.store(ht_ptr + 64 * KS + soff, S1.to(ht_ptr.dtype.element_ty), mask=stored)
+        _store_rows(ends, S1, rows, columns + 64, WG, VS, KS, PART)
         O = warpgroup_mma_wait(0, [O])
         sV.index(s * NWG + WG).permute((1, 0)).store(O.to(gl.bfloat16))
         _barrier()
@@ -483,9 +340,9 @@ def _single_part(h0_ptr, ht_ptr, stateful, stored, sQ, sK, sV, sT, sG, sP, full,
 
 
 @gluon.jit
-def _pair_part(h0_ptr, ht_ptr, stateful, stored, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-               VS: gl.constexpr, KS: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr,
-               NP: gl.constexpr):  # fmt: skip
+def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+               WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
+               VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
     """1 of 2 warpgroups, 64 rows of V, scheduled for few registers (208): the other one fills the tensor cores meanwhile"""
     L64: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     L128: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
@@ -496,8 +353,9 @@ def _pair_part(h0_ptr, ht_ptr, stateful, stored, sQ2, sK2, sV, sT, sG, sP, full,
     # two 64 x 64 tiles side by side are one 64 x 128 tile
     sQ = sQ2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sQ2.layout)
     sK = sK2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sK2.layout)
-    soff = gl.arange(0, 64, rs)[:, None] * VS + gl.arange(0, 128, gl.SliceLayout(0, L128))[None, :] * KS
-    S = gl.load(h0_ptr + soff, mask=stateful, other=0.0).to(gl.float32)
+    rows = gl.arange(0, 64, rs)[:, None]
+    columns = gl.arange(0, 128, gl.SliceLayout(0, L128))[None, :]
+    S = _load_rows(ends, rows, columns, WG, VS, KS, PART)
     z = gl.zeros([64, 64], gl.float32, L64)
     _barrier()
     s = 0
@@ -540,8 +398,72 @@ def _pair_part(h0_ptr, ht_ptr, stateful, stored, sQ2, sK2, sV, sT, sG, sP, full,
         wrap = i == NP - 1
         i = gl.where(wrap, 0, i + 1)
         pph = gl.where(wrap, pph ^ 1, pph)
-    gl.store(ht_ptr + soff, S.to(ht_ptr.dtype.element_ty), mask=stored)
+    _store_rows(ends, S, rows, columns, WG, VS, KS, PART)
 
+
+@gluon.jit
+def _summary_part(ends, step, sK, sV, sT, sG, full, empty, nch,
+                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr,
+                  VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
+    """1 warpgroup, 64 rows of H or M of a segment: the recurrence without its outputs, for M (`step`) with V = 0."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
+    ci: gl.constexpr = gl.SliceLayout(0, L)
+    rs: gl.constexpr = gl.SliceLayout(1, L)
+    rows = gl.arange(0, 64, rs)[:, None]
+    columns = gl.arange(0, 64, ci)[None, :]
+    S0 = _load_rows(ends, rows, columns, WG, VS, KS, PART)
+    S1 = _load_rows(ends, rows, columns + 64, WG, VS, KS, PART)
+    z = gl.zeros([64, 64], gl.float32, L)
+    _barrier()
+    s = 0
+    ph = 0
+    for c in range(nch):
+        g = sG.index(s)
+        mbarrier.wait(full.index(s), ph)
+        v = gl.where(step, 0.0, sV.index(s * NWG + WG).permute((1, 0)).load(L).to(gl.float32))
+        e = _gate_row(g, 1, ci)[None, :]
+        d = _gate_row(g, 2, ci)[None, :]
+        glast = g.slice(127, 1).load(rs)[:, None]
+        B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
+        B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
+        SK = warpgroup_mma(B0, sK.index(2 * s).permute((1, 0)), z, use_acc=False, is_async=True)
+        SK = warpgroup_mma(B1, sK.index(2 * s + 1).permute((1, 0)), SK, is_async=True)
+        S0 = S0 * glast
+        S1 = S1 * glast
+        SK = warpgroup_mma_wait(0, [SK])
+        W = gl.convert_layout((v - SK * e).to(gl.bfloat16), A)
+        NV = warpgroup_mma(W, sT.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
+        NV = warpgroup_mma_wait(0, [NV])
+        NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A)
+        S0 = warpgroup_mma(NVd, sK.index(2 * s), S0, is_async=True)
+        S1 = warpgroup_mma(NVd, sK.index(2 * s + 1), S1, is_async=True)
+        S0, S1 = warpgroup_mma_wait(0, [S0, S1])
+        _barrier()
+        mbarrier.arrive(empty.index(s), count=1)
+        wrap = s == NSTG - 1
+        s = gl.where(wrap, 0, s + 1)
+        ph = gl.where(wrap, ph ^ 1, ph)
+    _store_rows(ends, S0, rows, columns, WG, VS, KS, PART)
+    _store_rows(ends, S1, rows, columns + 64, WG, VS, KS, PART)
+
+
+@gluon.jit
+def _chain_part(ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
+                VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
+    """1 warpgroup and 64 rows of a state."""
+    if PART == 1:
+        if summary != 0:
+            _summary_part(ends, summary == 2, sK, sV, sT, sG, full, empty, nch, WG, NWG, NSTG, VS, KS, PART)
+        elif NWG == 1:
+            _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
+        else:
+            _pair_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
+    elif NWG == 1:
+        _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
+    else:
+        _pair_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_gluon_kernel(
@@ -557,8 +479,13 @@ def delta_rule_gluon_kernel(
     read_slots,
     write_slots,
     has_state,
+    starts,
+    steps,
     T,
+    N,
     S,
+    SEGMENT,
+    CUT,
     stride_s,
     stride_sh,
     stride_wn,
@@ -573,9 +500,13 @@ def delta_rule_gluon_kernel(
     RC: gl.constexpr,
     RP: gl.constexpr,
     EARLY: gl.constexpr,
+    PART: gl.constexpr,
 ):
     """One sequence and head. NWG = 1: a CTA owns 64 of its 128 V rows. NWG = 2: all of them, in two warpgroups that share the
-    tiles of Q, K, T and P (40 % less traffic into the SM). N HV (2 / NWG) programs.
+    tiles of Q, K, T and P (40 % less traffic into the SM). PART 0: all chunks, N HV (2 / NWG) programs. PART 1: the same, but
+    of a sequence of more than CUT chunks the first SEGMENT, whose end goes to `starts`; behind those, H and M of one segment
+    in the middle, (T // 64 // SEGMENT) HV (4 / NWG) programs. PART 2: one later segment, from its start in `starts`, (T // 64
+    // SEGMENT) HV (2 / NWG) programs; the last one stores the state, which PART 1 reads.
 
     q_d .. o_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates;
     state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
@@ -584,24 +515,59 @@ def delta_rule_gluon_kernel(
     SPLIT: gl.constexpr = 2 // NWG
     pid = gl.program_id(0)
     vh = pid % SPLIT
-    nh = pid // SPLIT
-    hv = nh % HV
-    n = nh // HV
+    unit = pid // SPLIT
+    # 1: H, 2: M; the segment, by the number of the slot for its summary, and whether a program has one at all
+    summary = unit * 0
+    number = unit * 0
+    if PART == 0:
+        hv = unit % HV
+        n = unit // HV
+    else:
+        behind = unit - N * HV
+        if PART == 1:
+            summary = gl.where(behind < 0, 0, behind % 2 + 1)
+            behind = behind // 2
+        else:
+            behind = unit
+        number = gl.maximum(behind, 0) // HV
+        hv = gl.where(behind < 0, unit, behind) % HV
+        n = gl.where(behind < 0, unit // HV, _find_sequence(cu_seqlens, number, T, N, SEGMENT))
     hq = hv // (HV // H)
-    row0 = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
-    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), row0), T)
+    start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
+    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), start), T)
     read = gl.load(read_slots + n)
     write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
     live = (read >= 0) & (read < S)
-    stateful = live & (gl.load(has_state + n) != 0)
-    stored = live & (write >= 0) & (write < S)
-    # whole chunks, tokens in one more, chunks, and which of them is not whole (-1: none)
-    length = gl.where(live, end - row0, 0)
-    whole = length // 64
-    left = length % 64
-    nch = whole + (left > 0).to(gl.int32)
+    # chunks, of which the program has first .. last - 1
+    chunks = gl.where(live, (end - start + 63) // 64, 0)
+    first = chunks * 0
+    last = chunks
+    begin = start // (64 * SEGMENT)
+    if PART == 1:
+        middle = (number > begin) & ((number - begin + 1) * SEGMENT < chunks) & (chunks > CUT)
+        last = gl.where(chunks > CUT, SEGMENT, chunks)
+        first = gl.where(summary != 0, (number - begin) * SEGMENT, first)
+        last = gl.where(summary != 0, gl.where(middle, first + SEGMENT, first), last)
+    if PART == 2:
+        later = (number >= begin) & ((number - begin + 1) * SEGMENT < chunks) & (chunks > CUT)
+        first = gl.where(later, (number - begin + 1) * SEGMENT, chunks)
+        last = gl.minimum(first + SEGMENT, chunks)
+    nch = last - first
+    row0 = start + first * 64
+    # whole chunks, tokens in one more, and which of them is not whole (-1: none)
+    left = gl.where((last == chunks) & (nch > 0), (end - start) % 64, 0)
+    whole = nch - (left > 0).to(gl.int32)
     tail = gl.where(left > 0, whole, -1)
-    tile0 = (row0 // 64 + n) * HV + hv
+    tile0 = (start // 64 + n + first) * HV + hv
+    stored = live & (write >= 0) & (write < S) & (last == chunks)
+    if PART == 0:
+        stateful = live & (gl.load(has_state + n) != 0)
+    if PART == 1:
+        stored = stored & (summary == 0)
+        stateful = live & (gl.load(has_state + n) != 0) & (summary == 0)
+    if PART == 2:
+        stored = stored & later
+        stateful = later
     sQ = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
     sK = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
     sV = gl.allocate_shared_memory(gl.bfloat16, [NSTG * NWG, 64, 64], v_d.layout)
@@ -622,22 +588,36 @@ def delta_rule_gluon_kernel(
     head = state + hv.to(gl.int64) * stride_sh + vh * 64 * VS
     h0 = head + gl.where(live, read, 0).to(gl.int64) * stride_s
     ht = head + gl.where(stored, write, 0).to(gl.int64) * stride_s
+    # the segment's start, or where the end of a first segment, H or M is kept
+    kept = nch < 0
+    slot = starts
+    if PART == 1:
+        kept = gl.where(summary != 0, middle, last < chunks)
+        slot = gl.where(summary == 2, steps, starts)
+        number = gl.where(summary != 0, number, gl.where(kept, begin, 0))
+    if PART != 0:
+        slot = slot + (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
+    # H starts at 0, M at the identity: at row + one == column
+    one = gl.where(summary == 2, vh * 64, 1024)
+    ends = (h0, ht, slot, stateful, stored, kept, one)
     o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
     if NWG == 1:
         gl.warp_specialize([
-            (_single_part, (h0, ht, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                            VS, KS, 0, NWG, NSTG, NP)),
-            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
-            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
-                          HV, vh, NSTG, NWG)),
+            (_chain_part, (ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                           0, NWG, NSTG, NP, VS, KS, PART)),
+            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_tail, lscale,
+                       HV, NSTG, NP, NWG, EARLY, PART)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, summary, row0, tile0,
+                          hq, hv, HV, vh, NSTG, NWG)),
         ], [4, 1], [RP, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_pair_part, (h0, ht, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                          VS, KS, 0, NWG, NSTG, NP)),
-            (_pair_part, (h0 + 64 * VS, ht + 64 * VS, stateful, stored, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch,
-                          scale, VS, KS, 1, NWG, NSTG, NP)),
-            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
-            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
-                          HV, vh, NSTG, NWG)),
+            (_chain_part, (ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                           0, NWG, NSTG, NP, VS, KS, PART)),
+            (_chain_part, (ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+                           1, NWG, NSTG, NP, VS, KS, PART)),
+            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_tail, lscale,
+                       HV, NSTG, NP, NWG, EARLY, PART)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, summary, row0, tile0,
+                          hq, hv, HV, vh, NSTG, NWG)),
         ], [4, 4, 1], [RC, RP, 24])  # fmt: skip

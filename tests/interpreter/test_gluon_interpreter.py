@@ -1,6 +1,6 @@
 """The gluon lowering on a CPU: TRITON_INTERPRET=1 pytest tests/interpreter
 
-Its Triton kernel runs in Triton's interpreter, its Gluon kernel as tests/gluon_on_cpu.py says.
+Its Gluon kernels run as tests/gluon_on_cpu.py says, the Triton kernel between segments in Triton's interpreter.
 """
 
 import os

@@ -1,0 +1,236 @@
+"""What the chunked gated delta rule on Hopper needs of a chunk's keys and gates: T and the sums of the gates.
+
+T = (A * D) diag(beta), A = (I + tril(diag(beta) K K^T, -1))^-1, D_ij = exp(g_{j+1} + .. + g_i) for i >= j, else 0
+[arXiv:2412.06464, arXiv:2406.06484]. The decay is applied to the inverse, whose entries are bounded for unit keys.
+
+One warp per chunk and value head. Blocks of 16 x 16 stay in the registers of mma.sync from the first product to T: an
+accumulator, rounded to f16, is as it lies a left operand, and the transpose of a right one. So all products are a b^T, and
+of what is needed on the right the transpose is computed beside it. No barrier waits for another warp.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+# Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
+_VARYING = ["T", "N", "S", "stride_wn"]
+# A part of a batch is a slice of these, at any alignment.
+_SLICED = ["cu_seqlens", "read_slots", "write_slots", "error"]
+
+BLOCK = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=BLOCK.value, k_width=2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=BLOCK.value, k_width=2))
+ROWS = gl.constexpr(gl.SliceLayout(1, BLOCK.value))
+COLUMNS = gl.constexpr(gl.SliceLayout(0, BLOCK.value))
+TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
+TILE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+# Triton 3.7 renamed it.
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@gluon.jit
+def _find_chunk(cu_seqlens, number, T, N):
+    """(n, c): the chunk of this number. Tokens behind the last sequence are sequence N. c may lie outside the sequence."""
+    n = number * 0
+    left = N + 1
+    while left > 1:
+        half = left // 2
+        start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + half), 0), T)
+        n += gl.where(start // 64 + n + half <= number, half, 0)
+        left -= half
+    start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
+    return n, number - start // 64 - n
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _turned(x):
+    """x [16,16] as the right operand x^T."""
+    return gl.convert_layout(x.permute((1, 0)), RIGHT, assert_trivial=True)
+
+
+@gluon.jit
+def _times(a, b, acc):
+    """acc + a b^T; a and b rounded to f16: 11 bits, where bf16 would lose a factor of 8."""
+    left = gl.convert_layout(a.to(gl.float16), LEFT, assert_trivial=True)
+    return mma_v2(left, _turned(b.to(gl.float16)), acc)
+
+
+@gluon.jit
+def _merge(x, xt, minus, row, column, zero, WIDTH: gl.constexpr):
+    """The inverse's diagonal blocks of WIDTH / 2 rows made blocks of WIDTH: [[P, 0], [Q, R]]^-1 = X - X Q X, where
+    X = [[P^-1, 0], [0, R^-1]]; and its transpose. `minus` is -L."""
+    HALF: gl.constexpr = WIDTH // 2
+    Q = gl.where((row // WIDTH == column // WIDTH) & (row // HALF > column // HALF), minus, 0.0)
+    product = _times(xt, Q, zero)
+    return _times(x, product, x), _times(product, x, xt)
+
+
+@gluon.jit
+def _invert_block(gram, beta_row, beta_column, row, column, zero):
+    """(A, A^T) of 16 rows. Every entry on the way is one of an inverse: bounded, where the powers of a Neumann series grow
+    without limit for keys that resemble each other."""
+    minus = gl.where(row > column, -gram * beta_row, 0.0)
+    minus_t = gl.where(row < column, -gram * beta_column, 0.0)
+    x = gl.where(row // 2 == column // 2, gl.where(row == column, 1.0, minus), 0.0)
+    xt = gl.where(row // 2 == column // 2, gl.where(row == column, 1.0, minus_t), 0.0)
+    x, xt = _merge(x, xt, minus, row, column, zero, 4)
+    x, xt = _merge(x, xt, minus, row, column, zero, 8)
+    return _merge(x, xt, minus, row, column, zero, 16)
+
+
+@gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
+def delta_rule_gluon_prep_kernel(
+    k_d,
+    t_d,
+    g,
+    beta,
+    gates,
+    o,
+    cu_seqlens,
+    read_slots,
+    write_slots,
+    error,
+    T,
+    N,
+    S,
+    stride_gt,
+    stride_gh,
+    stride_bt,
+    stride_bh,
+    stride_wn,
+    H: gl.constexpr,
+    HV: gl.constexpr,
+):
+    """T and gates of one chunk and value head; zeros in o where a chunk has no live sequence. (T // 64 + N + 1) HV programs.
+
+    k_d, t_d: descriptors with boxes of 64 x 64 over k [T, H 128] and T; T and gates as in delta_rule_gluon.py; g, beta
+    [T,HV] f32 through their strides, o [T,HV,128] contiguous.
+    """
+    pid = gl.program_id(0)
+    number = pid // HV  # heads vary fastest: neighbours read the same rows of memory
+    h = pid % HV
+    n, c = _find_chunk(cu_seqlens, number, T, N)
+    start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
+    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1, mask=n < N, other=T), start), T)
+    read = gl.load(read_slots + n, mask=n < N, other=-1)
+    write = gl.load(write_slots + n.to(gl.int64) * stride_wn, mask=n < N, other=-1)
+    gl.store(error, 1, mask=(c == 0) & (h == 0) & ((read >= S) | (write >= S)))
+    t0 = start + c * 64
+    left = end - t0
+    if (c >= 0) & (left > 0):
+        if (read >= 0) & (read < S):
+            # T takes the place of the keys' first half.
+            tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], k_d.layout)
+            vectors = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
+            loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+            mbarrier.init(loaded.index(0), count=1)
+            fence_async_shared()
+            _barrier()
+            mbarrier.expect(loaded.index(0), 64 * 128 * 2)
+            for j in gl.static_range(2):
+                at = [t0, h // (HV // H) * 128 + 64 * j]
+                tma.async_copy_global_to_shared(k_d, at, loaded.index(0), tiles.index(j))
+
+            i = gl.arange(0, 64, TOKENS)
+            rows = (t0 + i).to(gl.int64)
+            # exp2(-160) is 0: a smaller gate (-inf too) resets as well, and sums of 64 of them stay exact enough.
+            log2 = gl.load(g + rows * stride_gt + h * stride_gh, mask=i < left, other=0.0) * 1.4426950408889634
+            strength = gl.load(beta + rows * stride_bt + h * stride_bh, mask=i < left, other=0.0)
+            total = gl.associative_scan(gl.maximum(log2, -160.0), 0, _add)
+            last = gl.sum(gl.where(i == 63, total, 0.0), 0)
+            line = gates + (number * HV + h).to(gl.int64) * 256
+            place = 16 * (i % 8 // 2) + 2 * (i // 8) + i % 2
+            gl.store(line + place, total)
+            gl.store(line + 64 + place, gl.exp2(total))
+            gl.store(line + 128 + place, gl.exp2(last - total))
+            gl.store(line + 192 + i, total)
+            vectors.index(0).store(total)
+            vectors.index(1).store(strength)
+
+            mbarrier.wait(loaded.index(0), 0)
+            if left < 64:  # the rows behind are the next sequence's, of which even a NaN must not matter
+                line_row = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
+                for j in gl.static_range(2):
+                    none = gl.zeros([64, 64], gl.bfloat16, TILE)
+                    tiles.index(j).store(gl.where(line_row < left, tiles.index(j).load(TILE), none))
+            _barrier()
+            zero = gl.zeros([16, 16], gl.float32, BLOCK)
+            row = gl.arange(0, 16, ROWS)[:, None]
+            column = gl.arange(0, 16, COLUMNS)[None, :]
+            gram = ()  # blocks (a, b), a <= b, of K K^T at b (b + 1) / 2 + a
+            for _ in gl.static_range(10):
+                gram = gram + (zero,)
+            for j in gl.static_range(2):
+                for k0 in gl.static_range(0, 64, 32):
+                    keys = ()
+                    turned = ()
+                    for a in gl.static_range(4):
+                        part = tiles.index(j).slice(a * 16, 16, dim=0).slice(k0, 32, dim=1).load(LEFT)
+                        keys = keys + (part,)
+                        turned = turned + (_turned(part),)
+                    sums = ()
+                    for b in gl.static_range(4):
+                        for a in gl.static_range(b + 1):
+                            sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
+                    gram = sums
+
+            beta_row = ()
+            beta_column = ()
+            sum_row = ()
+            sum_column = ()
+            for a in gl.static_range(4):
+                sum16, beta16 = vectors.index(0).slice(a * 16, 16), vectors.index(1).slice(a * 16, 16)
+                beta_row = beta_row + (beta16.load(ROWS)[:, None],)
+                beta_column = beta_column + (beta16.load(COLUMNS)[None, :],)
+                sum_row = sum_row + (sum16.load(ROWS)[:, None],)
+                sum_column = sum_column + (sum16.load(COLUMNS)[None, :],)
+            A = ()
+            At = ()
+            for a in gl.static_range(4):
+                x, xt = _invert_block(gram[a * (a + 1) // 2 + a], beta_row[a], beta_column[a], row, column, zero)
+                A = A + (x,)
+                At = At + (xt,)
+
+            # 16 -> 32 -> 64 by [[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]. Below, Aij and Mij are blocks of the
+            # inverse and of -L, ending in t if transposed.
+            M10t, M32t = -gram[1] * beta_column[1], -gram[8] * beta_column[3]
+            M20t, M21t = -gram[3] * beta_column[2], -gram[4] * beta_column[2]
+            M30t, M31t = -gram[6] * beta_column[3], -gram[7] * beta_column[3]
+            product = _times(A[1], M10t, zero)
+            A10, A10t = _times(product, At[0], zero), _times(At[0], product, zero)
+            A32 = _times(_times(A[3], M32t, zero), At[2], zero)
+            Y20, Y21 = _times(A[2], M20t, zero), _times(A[2], M21t, zero)
+            Y30 = _times(A32, M20t, _times(A[3], M30t, zero))
+            Y31 = _times(A32, M21t, _times(A[3], M31t, zero))
+            A20, A21 = _times(Y20, At[0], _times(Y21, A10t, zero)), _times(Y21, At[1], zero)
+            A30, A31 = _times(Y30, At[0], _times(Y31, A10t, zero)), _times(Y31, At[1], zero)
+            inverse = (A[0], A10, A[1], A20, A21, A[2], A30, A31, A32, A[3])
+            _barrier()
+            for a in gl.static_range(4):
+                for b in gl.static_range(4):
+                    out = gl.zeros([16, 16], gl.bfloat16, BLOCK)
+                    if a >= b:
+                        decay = gl.exp2(sum_row[a] - sum_column[b])
+                        if a == b:
+                            decay = gl.where(row >= column, decay, 0.0)
+                        out = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(gl.bfloat16)
+                    tiles.index(0).slice(a * 16, 16, dim=0).slice(b * 16, 16, dim=1).store(out)
+            fence_async_shared()
+            _barrier()
+            tma.async_copy_shared_to_global(t_d, [(number * HV + h) * 64, 0], tiles.index(0))
+            tma.store_wait(0)
+        else:
+            token = t0 + gl.arange(0, 64, gl.SliceLayout(1, TILE))
+            channel = gl.arange(0, 64, gl.SliceLayout(0, TILE))
+            at_o = o + (token.to(gl.int64)[:, None] * HV + h) * 128 + channel[None, :]
+            zeros = gl.zeros([64, 64], gl.bfloat16, TILE)
+            gl.store(at_o, zeros, mask=(token < end)[:, None])
+            gl.store(at_o + 64, zeros, mask=(token < end)[:, None])

@@ -1,0 +1,210 @@
+"""Launch the Gluon kernels of the gated delta rule's prefill on Hopper. As in `triton_launch`: no checks, no sync, no tuning at
+run time, and nothing is compiled again when only the batch changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gdnir.errors import ShapeError
+from gdnir.lowering.triton_launch import _on, _row_stride, _unit_last
+
+if TYPE_CHECKING:
+    from gdnir.seq import Seq
+
+HEAD = 128
+CHUNK = 64
+# NWG: warpgroups that share a program's tiles, 64 rows of V each. NSTG: chunks in flight. RC, RP: registers of a thread in
+# the second of these warpgroups and in the one that computes P; the first gets what is left of maxnreg for each thread.
+SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4, "maxnreg": 168}
+PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128}
+STARTS = {"BV": 16, "STAGES": 2, "num_warps": 8}
+# 168 registers: 12 programs of one warp on each multiprocessor.
+PREP = {"num_warps": 1, "maxnreg": 168}
+
+
+def delta_rule_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    seq: Seq,
+    *,
+    scale: float,
+    segment: int | None = None,
+) -> Tensor:
+    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464, eq. 10]
+
+    q, k [T, H, 128], v [T, HV, 128] bf16: token strides that TMA takes (multiples of 16 bytes, heads side by side), others
+    cost a copy. g, beta [T, HV] f32, state [S, HV, 128, 128] f32 or bf16, any strides, updated in place. f32 inside, the
+    operands of products are rounded to bf16. `segment`: chunks of a segment (0: no sequence is cut; None: as measured
+    for the shapes). Returns o [T, HV, 128], contiguous. A slot >= S sets seq.error. Raises ShapeError beyond 2^23 heads x
+    chunks.
+    """
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tokens, heads = v.shape[:2]
+    count = seq.num_seqs
+    if count == 0 or heads == 0:
+        return o.zero_()  # no row owns a token
+    numbers = tokens // CHUNK + count
+    if numbers * heads >= 1 << 23:
+        raise ShapeError(
+            "gated_delta_rule",
+            "v, seq",
+            expected="fewer than 2^23 chunks x heads on provider gluon",
+            got=f"{numbers} chunks x {heads} heads",
+            hint="Cut the batch, or take provider triton.",
+        )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from gdnir.kernels import delta_rule
+    from gdnir.kernels import delta_rule_gluon as kernels
+    from gdnir.kernels import delta_rule_gluon_prep as prep
+
+    def tiles(x: Tensor) -> Any:
+        """A descriptor of x [T, heads, 128] as a matrix; it may not be empty."""
+        x = x if tokens else x.new_empty(1, *x.shape[1:])
+        return TensorDescriptor(x, [x.shape[0], x.shape[1] * HEAD], [_row_stride(x), 1], [CHUNK, 64], kernels.TILE)
+
+    q, k, v = (_for_tma(x) for x in (q, k, v))
+    transform = torch.empty((numbers * heads * CHUNK, CHUNK), dtype=v.dtype, device=v.device)
+    gates = torch.empty((numbers * heads * 4 * CHUNK,), dtype=torch.float32, device=v.device)
+    cu_seqlens, read_slots = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)
+    if segment is None:
+        segment = _segment(count, heads, -(-seq.max_len // CHUNK), _cores(v.device))
+    slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
+    starts, steps = (torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device) for _ in range(2))
+    has_state = _unit_last(seq.has_state)
+    segment = segment or 1
+    k_tiles = tiles(k)
+    t_tiles = TensorDescriptor(transform, list(transform.shape), [CHUNK, 1], [CHUNK, CHUNK], kernels.TILE)
+    gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
+    descriptors = tiles(q), k_tiles, tiles(v), t_tiles, gate_lines, tiles(o)
+    with _on(v.device):
+        prep.delta_rule_gluon_prep_kernel[((numbers + 1) * heads,)](
+            k_tiles,
+            t_tiles,
+            g,
+            beta,
+            gates,
+            o,
+            cu_seqlens,
+            read_slots,
+            seq.write_slots,
+            seq.error,
+            tokens,
+            count,
+            state.shape[0],
+            _row_stride(g),
+            g.stride(1),
+            _row_stride(beta),
+            beta.stride(1),
+            seq.write_slots.stride(0),
+            H=k.shape[1],
+            HV=heads,
+            **PREP,
+        )
+        # SPLIT: programs of a head. A part's `units` heads are at work at the same time.
+        def carry(part: int, units: int) -> None:
+            schedule = SINGLE if 2 * units <= _cores(v.device) else PAIR
+            kernels.delta_rule_gluon_kernel[(units * (2 // schedule["NWG"]),)](
+                *descriptors,
+                o,
+                state,
+                cu_seqlens,
+                read_slots,
+                seq.write_slots,
+                has_state,
+                starts,
+                steps,
+                tokens,
+                count,
+                state.shape[0],
+                segment,
+                segment,
+                state.stride(0),
+                state.stride(1),
+                seq.write_slots.stride(0),
+                scale,
+                math.log2(scale),
+                H=k.shape[1],
+                HV=heads,
+                VS=state.stride(2),
+                KS=state.stride(3),
+                PART=part,
+                **schedule,
+            )
+
+        if not slots:
+            carry(0, count * heads)
+        else:
+            carry(1, (count + 2 * slots) * heads)
+            delta_rule.delta_rule_starts_kernel[(count * heads * (HEAD // STARTS["BV"]),)](
+                starts=starts,
+                steps=steps,
+                cu_seqlens=cu_seqlens,
+                read_slots=read_slots,
+                T=tokens,
+                N=count,
+                S=state.shape[0],
+                SEGMENT=segment,
+                CUT=segment,
+                HV=heads,
+                K=HEAD,
+                V=HEAD,
+                BK=HEAD,
+                PRECISION="tf32x3",
+                **STARTS,
+            )
+            carry(2, slots * heads)
+    return o
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """x [T, heads, 128], copied if TMA cannot read it: its rows begin at multiples of 16 bytes, heads side by side."""
+    rows = x.shape[0] == 1 or (x.stride(0) >= x.shape[1] * HEAD and x.stride(0) * x.element_size() % 16 == 0)
+    heads = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == HEAD)
+    return x if rows and heads and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+# Microseconds of a chunk, measured: of a program with its output and of one that only follows the state, by schedule.
+CHUNK_US = {"single": (1.17, 0.85), "pair": (1.9, 1.25)}
+# Of two more launches, and of one step from segment to segment.
+LAUNCH_US, STEP_US = 8.0, 2.0
+
+
+@functools.lru_cache(maxsize=1024)
+def _segment(rows: int, heads: int, chunks: int, cores: int) -> int:
+    """Chunks of a segment, for `rows` sequences of this length; 0 if cutting them costs more than it saves."""
+
+    def parts(full: int, summaries: int, length: int) -> float:
+        """Microseconds of `full` heads with and `summaries` without output, all of `length` chunks."""
+        schedule, split = ("single", 2) if 2 * (full + summaries) <= cores else ("pair", 1)
+        with_output, without = CHUNK_US[schedule]
+        busy = (full * with_output + summaries * without) * split / cores
+        return length * max(with_output if full else without, busy)
+
+    def cost(count: int) -> float:
+        length = -(-chunks // count)
+        count = -(-chunks // length)
+        first = parts(rows * heads, 2 * rows * (count - 2) * heads, length)
+        return first + parts(rows * (count - 1) * heads, 0, length) + (count - 2) * STEP_US + LAUNCH_US
+
+    best = min(range(3, min(chunks, 32)), key=cost, default=0)
+    return -(-chunks // best) if best and cost(best) < parts(rows * heads, 0, chunks) else 0
+
+
+@functools.cache
+def _cores(device: torch.device) -> int:
+    """Streaming multiprocessors, of which each holds one program of either schedule."""
+    if device.type == "cpu":  # tests without a GPU
+        return 132
+    cores: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return cores
