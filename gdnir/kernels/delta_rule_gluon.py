@@ -210,22 +210,20 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_ptr,
 @gluon.jit
 def _load_rows(ends, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):
     """Some of the 64 rows of the state with which warpgroup WG starts, f32."""
-    h0_ptr, ht_ptr, slots, stateful, stored, kept, one = ends
+    h0_ptr, ht_ptr, slot, stateful, stored, kept = ends
     if PART == 2:
-        S = gl.load(slots + (WG * 64 + rows) * 128 + columns, mask=stateful, other=0.0)
+        S = gl.load(slot + (WG * 64 + rows) * 128 + columns, mask=stateful, other=0.0)
     else:
         S = gl.load(h0_ptr + (WG * 64 + rows) * VS + columns * KS, mask=stateful, other=0.0).to(gl.float32)
-    if PART == 1:
-        S = S + gl.where(one + WG * 64 + rows == columns, 1.0, 0.0)
     return S
 
 
 @gluon.jit
 def _store_rows(ends, S, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):
-    h0_ptr, ht_ptr, slots, stateful, stored, kept, one = ends
+    h0_ptr, ht_ptr, slot, stateful, stored, kept = ends
     gl.store(ht_ptr + (WG * 64 + rows) * VS + columns * KS, S.to(ht_ptr.dtype.element_ty), mask=stored)
     if PART == 1:
-        gl.store(slots + (WG * 64 + rows) * 128 + columns, S, mask=kept)
+        gl.store(slot + (WG * 64 + rows) * 128 + columns, S, mask=kept)
 
 
 @gluon.jit
@@ -402,18 +400,18 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
 
 
 @gluon.jit
-def _summary_part(ends, step, sK, sV, sT, sG, full, empty, nch,
-                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr,
-                  VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
-    """1 warpgroup, 64 rows of H or M of a segment: the recurrence without its outputs, for M (`step`) with V = 0."""
+def _summary_part(slot, kept, step, row0, sK, sV, sT, sG, full, empty, nch,
+                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr):  # fmt: skip
+    """1 warpgroup, 64 rows of H or M of a segment: the recurrence without its outputs, from 0, or for M (`step`), of which
+    they are those from row0, from the identity and with V = 0."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
     ci: gl.constexpr = gl.SliceLayout(0, L)
     rs: gl.constexpr = gl.SliceLayout(1, L)
     rows = gl.arange(0, 64, rs)[:, None]
     columns = gl.arange(0, 64, ci)[None, :]
-    S0 = _load_rows(ends, rows, columns, WG, VS, KS, PART)
-    S1 = _load_rows(ends, rows, columns + 64, WG, VS, KS, PART)
+    S0 = gl.where(step & (rows + row0 == columns), 1.0, 0.0)
+    S1 = gl.where(step & (rows + row0 == columns + 64), 1.0, 0.0)
     z = gl.zeros([64, 64], gl.float32, L)
     _barrier()
     s = 0
@@ -444,8 +442,8 @@ def _summary_part(ends, step, sK, sV, sT, sG, full, empty, nch,
         wrap = s == NSTG - 1
         s = gl.where(wrap, 0, s + 1)
         ph = gl.where(wrap, ph ^ 1, ph)
-    _store_rows(ends, S0, rows, columns, WG, VS, KS, PART)
-    _store_rows(ends, S1, rows, columns + 64, WG, VS, KS, PART)
+    gl.store(slot + (WG * 64 + rows) * 128 + columns, S0, mask=kept)
+    gl.store(slot + (WG * 64 + rows) * 128 + columns + 64, S1, mask=kept)
 
 
 @gluon.jit
@@ -455,7 +453,9 @@ def _chain_part(ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, 
     """1 warpgroup and 64 rows of a state."""
     if PART == 1:
         if summary != 0:
-            _summary_part(ends, summary == 2, sK, sV, sT, sG, full, empty, nch, WG, NWG, NSTG, VS, KS, PART)
+            slot, kept = ends[2], ends[5]
+            row0 = gl.program_id(0) % (2 // NWG) * 64 + WG * 64
+            _summary_part(slot, kept, summary == 2, row0, sK, sV, sT, sG, full, empty, nch, WG, NWG, NSTG)
         elif NWG == 1:
             _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
         else:
@@ -503,10 +503,12 @@ def delta_rule_gluon_kernel(
     PART: gl.constexpr,
 ):
     """One sequence and head. NWG = 1: a CTA owns 64 of its 128 V rows. NWG = 2: all of them, in two warpgroups that share the
-    tiles of Q, K, T and P (40 % less traffic into the SM). PART 0: all chunks, N HV (2 / NWG) programs. PART 1: the same, but
-    of a sequence of more than CUT chunks the first SEGMENT, whose end goes to `starts`; behind those, H and M of one segment
-    in the middle, (T // 64 // SEGMENT) HV (4 / NWG) programs. PART 2: one later segment, from its start in `starts`, (T // 64
-    // SEGMENT) HV (2 / NWG) programs; the last one stores the state, which PART 1 reads.
+    tiles of Q, K, T and P (40 % less traffic into the SM). A sequence of more than CUT chunks is cut into segments of SEGMENT:
+      PART 0: no sequence is cut. N HV (2 / NWG) programs.
+      PART 1: uncut sequences, the first segments, whose ends go to `starts`, and of those in the middle H and M, to `starts`
+              and `steps`. (N + 2 (T // 64 // SEGMENT)) HV (2 / NWG) programs.
+      PART 2: the later segments, from their starts in `starts`. (T // 64 // SEGMENT) HV (2 / NWG) programs. Only here is the
+              state of a cut sequence stored: PART 1 reads the old one, which may lie in the same slot.
 
     q_d .. o_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates;
     state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
@@ -516,42 +518,52 @@ def delta_rule_gluon_kernel(
     pid = gl.program_id(0)
     vh = pid % SPLIT
     unit = pid // SPLIT
-    # 1: H, 2: M; the segment, by the number of the slot for its summary, and whether a program has one at all
-    summary = unit * 0
+    # Programs of segments have them by the number of the slot of their start, H and M.
+    main = unit < N * HV
+    summary = unit * 0  # 1: H, 2: M
     number = unit * 0
     if PART == 0:
         hv = unit % HV
         n = unit // HV
-    else:
-        behind = unit - N * HV
-        if PART == 1:
-            summary = gl.where(behind < 0, 0, behind % 2 + 1)
-            behind = behind // 2
-        else:
-            behind = unit
-        number = gl.maximum(behind, 0) // HV
-        hv = gl.where(behind < 0, unit, behind) % HV
-        n = gl.where(behind < 0, unit // HV, _find_sequence(cu_seqlens, number, T, N, SEGMENT))
+    if PART == 1:
+        behind = gl.maximum(unit - N * HV, 0)
+        summary = gl.where(main, 0, behind % 2 + 1)
+        number = behind // 2 // HV
+        hv = gl.where(main, unit, behind // 2) % HV
+        n = gl.where(main, unit // HV, _find_sequence(cu_seqlens, number, T, N, SEGMENT))
+    if PART == 2:
+        number = unit // HV
+        hv = unit % HV
+        n = _find_sequence(cu_seqlens, number, T, N, SEGMENT)
     hq = hv // (HV // H)
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
     end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), start), T)
     read = gl.load(read_slots + n)
     write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
     live = (read >= 0) & (read < S)
+    stateful = live & (gl.load(has_state + n) != 0)
     # chunks, of which the program has first .. last - 1
     chunks = gl.where(live, (end - start + 63) // 64, 0)
     first = chunks * 0
     last = chunks
-    begin = start // (64 * SEGMENT)
+    kept = live & False
+    if PART != 0:
+        cut = chunks > CUT
+        begin = start // (64 * SEGMENT)
+        ahead = (number - begin) * SEGMENT
     if PART == 1:
-        middle = (number > begin) & ((number - begin + 1) * SEGMENT < chunks) & (chunks > CUT)
-        last = gl.where(chunks > CUT, SEGMENT, chunks)
-        first = gl.where(summary != 0, (number - begin) * SEGMENT, first)
-        last = gl.where(summary != 0, gl.where(middle, first + SEGMENT, first), last)
+        middle = cut & (ahead > 0) & (ahead + SEGMENT < chunks)
+        first = gl.where(main, 0, ahead)
+        last = gl.where(gl.where(main, cut, middle), first + SEGMENT, gl.where(main, chunks, first))
+        kept = gl.where(main, cut, middle)
+        number = gl.where(main, gl.where(cut, begin, 0), number)
+        live = live & main & (last == chunks)
     if PART == 2:
-        later = (number >= begin) & ((number - begin + 1) * SEGMENT < chunks) & (chunks > CUT)
-        first = gl.where(later, (number - begin + 1) * SEGMENT, chunks)
-        last = gl.minimum(first + SEGMENT, chunks)
+        stateful = cut & (ahead >= 0) & (ahead + SEGMENT < chunks)
+        first = gl.where(stateful, ahead + SEGMENT, 0)
+        last = gl.where(stateful, gl.minimum(first + SEGMENT, chunks), 0)
+        live = stateful & (last == chunks)
+    stored = live & (write >= 0) & (write < S)
     nch = last - first
     row0 = start + first * 64
     # whole chunks, tokens in one more, and which of them is not whole (-1: none)
@@ -559,15 +571,6 @@ def delta_rule_gluon_kernel(
     whole = nch - (left > 0).to(gl.int32)
     tail = gl.where(left > 0, whole, -1)
     tile0 = (start // 64 + n + first) * HV + hv
-    stored = live & (write >= 0) & (write < S) & (last == chunks)
-    if PART == 0:
-        stateful = live & (gl.load(has_state + n) != 0)
-    if PART == 1:
-        stored = stored & (summary == 0)
-        stateful = live & (gl.load(has_state + n) != 0) & (summary == 0)
-    if PART == 2:
-        stored = stored & later
-        stateful = later
     sQ = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
     sK = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
     sV = gl.allocate_shared_memory(gl.bfloat16, [NSTG * NWG, 64, 64], v_d.layout)
@@ -586,20 +589,14 @@ def delta_rule_gluon_kernel(
     fence_async_shared()
     _barrier()
     head = state + hv.to(gl.int64) * stride_sh + vh * 64 * VS
-    h0 = head + gl.where(live, read, 0).to(gl.int64) * stride_s
+    h0 = head + gl.where(stateful, read, 0).to(gl.int64) * stride_s
     ht = head + gl.where(stored, write, 0).to(gl.int64) * stride_s
-    # the segment's start, or where the end of a first segment, H or M is kept
-    kept = nch < 0
     slot = starts
     if PART == 1:
-        kept = gl.where(summary != 0, middle, last < chunks)
         slot = gl.where(summary == 2, steps, starts)
-        number = gl.where(summary != 0, number, gl.where(kept, begin, 0))
     if PART != 0:
         slot = slot + (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
-    # H starts at 0, M at the identity: at row + one == column
-    one = gl.where(summary == 2, vh * 64, 1024)
-    ends = (h0, ht, slot, stateful, stored, kept, one)
+    ends = (h0, ht, slot, stateful, stored, kept)
     o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
     if NWG == 1:
         gl.warp_specialize([
