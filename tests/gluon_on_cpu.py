@@ -290,17 +290,19 @@ class Launched:
             "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(),
         }
         for name, value in vars(module).items():
-            if type(value).__name__ == "GluonJITFunction":
+            if type(value).__name__ == "GluonJITFunction" and name not in ("_launch_dependents", "_wait_for_primary"):
                 function = value.fn
                 names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
         names |= {
             "_barrier": lambda: None,
+            "_launch_dependents": lambda: None,
+            "_wait_for_primary": lambda: None,
             "_opaque_zero": lambda c: 0,
             "_after": lambda x, zero: x,
             "_after_bf16": lambda x, zero: x,
         }
         arguments = [self.argument(x) for x in args]
-        options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg")}
+        options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg", "launch_pdl")}
         local.wgmmas, local.stores, local.random = [], [], random.Random(self.seed)
         names[self.name](*arguments, **options)
         assert not local.stores, "work left in flight"
@@ -315,9 +317,10 @@ class Launched:
 
 @contextlib.contextmanager
 def gluon_on_cpu(seed=0):
-    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep
+    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_starts
 
-    found = (delta_rule_gluon, "delta_rule_gluon_kernel"), (delta_rule_gluon_prep, "delta_rule_gluon_prep_kernel")
+    modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_starts
+    found = [(module, module.__name__.rpartition(".")[2] + "_kernel") for module in modules]
     originals = [getattr(module, name) for module, name in found]
     interval = sys.getswitchinterval()
     for module, name in found:

@@ -206,7 +206,11 @@ def poisoned():
         return buffer[CANARY : CANARY + numel].view(shape)
 
     fake = types.SimpleNamespace(
-        empty=empty, cuda=torch.cuda, float32=torch.float32, contiguous_format=torch.contiguous_format
+        empty=empty,
+        cuda=torch.cuda,
+        float32=torch.float32,
+        bfloat16=torch.bfloat16,
+        contiguous_format=torch.contiguous_format,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gluon_rule, "torch", fake)

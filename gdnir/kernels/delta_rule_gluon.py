@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .delta_rule_gluon_prep import _barrier
+from .delta_rule_gluon_prep import _barrier, _launch_dependents, _wait_for_primary
 
 # What descriptors of [64, 64] tiles of bf16, and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -104,6 +104,7 @@ def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nc
                HV: gl.constexpr, vh, NSTG: gl.constexpr, NWG: gl.constexpr):  # fmt: skip
     """1 warp. Loads chunk c once chunk c - NSTG is released; the consumers left O of that chunk in its V tile, from where it
     is stored first. The generic-to-async proxy fence is here, not in the consumers, where it costs 300 cycles."""
+    _wait_for_primary()
     _barrier()
     s = 0
     ph = 1
@@ -212,6 +213,7 @@ def _load_rows(ends, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.c
     """Some of the 64 rows of the state with which warpgroup WG starts, f32."""
     h0_ptr, ht_ptr, slot, stateful, stored, kept = ends
     if PART == 2:
+        _wait_for_primary()
         S = gl.load(slot + (WG * 64 + rows) * 128 + columns, mask=stateful, other=0.0)
     else:
         S = gl.load(h0_ptr + (WG * 64 + rows) * VS + columns * KS, mask=stateful, other=0.0).to(gl.float32)
@@ -400,7 +402,7 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
 
 
 @gluon.jit
-def _summary_part(slot, kept, step, row0, sK, sV, sT, sG, full, empty, nch,
+def _summary_part(start, steps, kept, step, row0, sK, sV, sT, sG, full, empty, nch,
                   WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr):  # fmt: skip
     """1 warpgroup, 64 rows of H or M of a segment: the recurrence without its outputs, from 0, or for M (`step`), of which
     they are those from row0, from the identity and with V = 0."""
@@ -442,20 +444,26 @@ def _summary_part(slot, kept, step, row0, sK, sV, sT, sG, full, empty, nch,
         wrap = s == NSTG - 1
         s = gl.where(wrap, 0, s + 1)
         ph = gl.where(wrap, ph ^ 1, ph)
-    gl.store(slot + (WG * 64 + rows) * 128 + columns, S0, mask=kept)
-    gl.store(slot + (WG * 64 + rows) * 128 + columns + 64, S1, mask=kept)
+    at = (WG * 64 + rows) * 128 + columns
+    gl.store(start + at, S0, mask=kept & (step == 0))
+    gl.store(start + at + 64, S1, mask=kept & (step == 0))
+    # M in two parts of bf16, as it is multiplied with
+    S0_upper, S1_upper = S0.to(gl.bfloat16), S1.to(gl.bfloat16)
+    gl.store(steps + at, S0_upper, mask=kept & step)
+    gl.store(steps + at + 64, S1_upper, mask=kept & step)
+    gl.store(steps + at + 16384, (S0 - S0_upper.to(gl.float32)).to(gl.bfloat16), mask=kept & step)
+    gl.store(steps + at + 16448, (S1 - S1_upper.to(gl.float32)).to(gl.bfloat16), mask=kept & step)
 
 
 @gluon.jit
-def _chain_part(ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+def _chain_part(ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                 WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
                 VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
     """1 warpgroup and 64 rows of a state."""
     if PART == 1:
         if summary != 0:
-            slot, kept = ends[2], ends[5]
             row0 = gl.program_id(0) % (2 // NWG) * 64 + WG * 64
-            _summary_part(slot, kept, summary == 2, row0, sK, sV, sT, sG, full, empty, nch, WG, NWG, NSTG)
+            _summary_part(ends[2], step, ends[5], summary == 2, row0, sK, sV, sT, sG, full, empty, nch, WG, NWG, NSTG)
         elif NWG == 1:
             _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
         else:
@@ -515,6 +523,8 @@ def delta_rule_gluon_kernel(
     """
     NP: gl.constexpr = 3
     SPLIT: gl.constexpr = 2 // NWG
+    if PART == 1:
+        _launch_dependents()
     pid = gl.program_id(0)
     vh = pid % SPLIT
     unit = pid // SPLIT
@@ -592,15 +602,15 @@ def delta_rule_gluon_kernel(
     h0 = head + gl.where(stateful, read, 0).to(gl.int64) * stride_s
     ht = head + gl.where(stored, write, 0).to(gl.int64) * stride_s
     slot = starts
-    if PART == 1:
-        slot = gl.where(summary == 2, steps, starts)
+    step = steps
     if PART != 0:
-        slot = slot + (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
+        slot += (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
+        step += (number.to(gl.int64) * HV + hv) * 32768 + vh * 8192
     ends = (h0, ht, slot, stateful, stored, kept)
     o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
     if NWG == 1:
         gl.warp_specialize([
-            (_chain_part, (ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+            (_chain_part, (ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                            0, NWG, NSTG, NP, VS, KS, PART)),
             (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_tail, lscale,
                        HV, NSTG, NP, NWG, EARLY, PART)),
@@ -609,9 +619,9 @@ def delta_rule_gluon_kernel(
         ], [4, 1], [RP, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_chain_part, (ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+            (_chain_part, (ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                            0, NWG, NSTG, NP, VS, KS, PART)),
-            (_chain_part, (ends, summary, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+            (_chain_part, (ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                            1, NWG, NSTG, NP, VS, KS, PART)),
             (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_tail, lscale,
                        HV, NSTG, NP, NWG, EARLY, PART)),

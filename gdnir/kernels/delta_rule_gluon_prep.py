@@ -32,6 +32,21 @@ _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit
+def _launch_dependents():
+    """The next kernel, if launched with launch_pdl, may start once all programs of this one have; it waits where it must."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_primary():
+    """Until the kernel before this one has ended, and all that it stored can be read. Every program of a kernel launched
+    with launch_pdl does so once: or the kernel could end, and the one after it start, before the one before it has ended."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _find_chunk(cu_seqlens, number, T, N):
     """(n, c): the chunk of this number. Tokens behind the last sequence are sequence N. c may lie outside the sequence."""
     n = number * 0
@@ -114,6 +129,7 @@ def delta_rule_gluon_prep_kernel(
     k_d, t_d: descriptors with boxes of 64 x 64 over k [T, H 128] and T; T and gates as in delta_rule_gluon.py; g, beta
     [T,HV] f32 through their strides, o [T,HV,128] contiguous.
     """
+    _launch_dependents()
     pid = gl.program_id(0)
     number = pid // HV  # heads vary fastest: neighbours read the same rows of memory
     h = pid % HV

@@ -21,9 +21,9 @@ HEAD = 128
 CHUNK = 64
 # NWG: warpgroups that share a program's tiles, 64 rows of V each. NSTG: chunks in flight. RC, RP: registers of a thread in
 # the second of these warpgroups and in the one that computes P; the first gets what is left of maxnreg for each thread.
-SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4, "maxnreg": 168}
-PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128}
-STARTS = {"BV": 16, "STAGES": 2, "num_warps": 8}
+SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
+PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
+STARTS = {"STAGES": 3, "num_warps": 4, "launch_pdl": True}
 # 168 registers: 12 programs of one warp on each multiprocessor.
 PREP = {"num_warps": 1, "maxnreg": 168}
 
@@ -64,9 +64,9 @@ def delta_rule_prefill(
         )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from gdnir.kernels import delta_rule
     from gdnir.kernels import delta_rule_gluon as kernels
     from gdnir.kernels import delta_rule_gluon_prep as prep
+    from gdnir.kernels import delta_rule_gluon_starts as starts_kernels
 
     def tiles(x: Tensor) -> Any:
         """A descriptor of x [T, heads, 128] as a matrix; it may not be empty."""
@@ -80,7 +80,8 @@ def delta_rule_prefill(
     if segment is None:
         segment = _segment(count, heads, -(-seq.max_len // CHUNK), _cores(v.device))
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
-    starts, steps = (torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device) for _ in range(2))
+    starts = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
+    steps = torch.empty((slots, heads, 2, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
     k_tiles = tiles(k)
@@ -146,21 +147,17 @@ def delta_rule_prefill(
             carry(0, count * heads)
         else:
             carry(1, (count + 2 * slots) * heads)
-            delta_rule.delta_rule_starts_kernel[(count * heads * (HEAD // STARTS["BV"]),)](
-                starts=starts,
-                steps=steps,
-                cu_seqlens=cu_seqlens,
-                read_slots=read_slots,
-                T=tokens,
-                N=count,
-                S=state.shape[0],
-                SEGMENT=segment,
-                CUT=segment,
+            starts_kernels.delta_rule_gluon_starts_kernel[(count * heads * 2,)](
+                TensorDescriptor(steps, [steps.numel() // HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
+                starts,
+                cu_seqlens,
+                read_slots,
+                tokens,
+                count,
+                state.shape[0],
+                segment,
+                segment,
                 HV=heads,
-                K=HEAD,
-                V=HEAD,
-                BK=HEAD,
-                PRECISION="tf32x3",
                 **STARTS,
             )
             carry(2, slots * heads)

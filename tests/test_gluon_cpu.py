@@ -1,28 +1,19 @@
-"""The gluon lowering on a CPU: TRITON_INTERPRET=1 pytest tests/interpreter
+"""The gluon lowering on a CPU, where its kernels run as tests/gluon_on_cpu.py says."""
 
-Its Gluon kernels run as tests/gluon_on_cpu.py says, the Triton kernel between segments in Triton's interpreter.
-"""
-
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a process with TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+pytest.importorskip("triton.experimental.gluon")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import triton_cases_gluon as cases
 from gluon_on_cpu import gluon_on_cpu
 
-pytestmark = pytest.mark.interpreter
-
-
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 def test_rule(case, monkeypatch):
-    # Every other case in each schedule: the interpreter is slow.
+    # Every other case in each schedule: a CPU is slow.
     cases.only(("single", "pair")[cases.CASES.index(case) % 2], monkeypatch)
     with gluon_on_cpu():
         cases.check(case, "cpu")
