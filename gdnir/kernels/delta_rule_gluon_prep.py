@@ -3,7 +3,7 @@
 T = (A * D) diag(beta), A = (I + tril(diag(beta) K K^T, -1))^-1, D_ij = exp(g_{j+1} + .. + g_i) for i >= j, else 0
 [arXiv:2412.06464, arXiv:2406.06484]. The decay is applied to the inverse, whose entries are bounded for unit keys.
 
-One warp per chunk and value head. Blocks of 16 x 16 stay in the registers of mma.sync from the first product to T: an
+One warp per chunk and a few value heads. Blocks of 16 x 16 stay in the registers of mma.sync from the first product to T: an
 accumulator, rounded to f16, is as it lies a left operand, and the transpose of a right one. So all products are a b^T, and
 of what is needed on the right the transpose is computed beside it. No barrier waits for another warp.
 """
@@ -101,6 +101,89 @@ def _invert_block(gram, beta_row, beta_column, row, column, zero):
     return _merge(x, xt, minus, row, column, zero, 16)
 
 
+@gluon.jit
+def _gram(tiles):
+    """Blocks (a, b), a <= b, of K K^T at b (b + 1) / 2 + a, in f16."""
+    zero = gl.zeros([16, 16], gl.float32, BLOCK)
+    gram = ()
+    for _ in gl.static_range(10):
+        gram = gram + (zero,)
+    for j in gl.static_range(2):
+        for k0 in gl.static_range(0, 64, 32):
+            keys = ()
+            turned = ()
+            for a in gl.static_range(4):
+                part = tiles.index(j).slice(a * 16, 16, dim=0).slice(k0, 32, dim=1).load(LEFT)
+                keys = keys + (part,)
+                turned = turned + (_turned(part),)
+            sums = ()
+            for b in gl.static_range(4):
+                for a in gl.static_range(b + 1):
+                    sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
+            gram = sums
+    halves = ()
+    for i in gl.static_range(10):
+        halves = halves + (gram[i].to(gl.float16),)
+    return halves
+
+
+@gluon.jit
+def _store_gates(line, total, i):
+    """The four rows of a chunk's gates, `total` being the sums."""
+    last = gl.sum(gl.where(i == 63, total, 0.0), 0)
+    place = 16 * (i % 8 // 2) + 2 * (i // 8) + i % 2
+    gl.store(line + place, total)
+    gl.store(line + 64 + place, gl.exp2(total))
+    gl.store(line + 128 + place, gl.exp2(last - total))
+    gl.store(line + 192 + i, total)
+
+
+@gluon.jit
+def _store_transform(gram, vectors, out):
+    """T, of K K^T and the sums of the gates and beta in `vectors`."""
+    zero = gl.zeros([16, 16], gl.float32, BLOCK)
+    row = gl.arange(0, 16, ROWS)[:, None]
+    column = gl.arange(0, 16, COLUMNS)[None, :]
+    beta_column = ()
+    sum_row = ()
+    sum_column = ()
+    A = ()
+    At = ()
+    for a in gl.static_range(4):
+        sum16, beta16 = vectors.index(0).slice(a * 16, 16), vectors.index(1).slice(a * 16, 16)
+        beta_column = beta_column + (beta16.load(COLUMNS)[None, :],)
+        sum_row = sum_row + (sum16.load(ROWS)[:, None],)
+        sum_column = sum_column + (sum16.load(COLUMNS)[None, :],)
+        block = gram[a * (a + 1) // 2 + a].to(gl.float32)
+        x, xt = _invert_block(block, beta16.load(ROWS)[:, None], beta_column[a], row, column, zero)
+        A = A + (x,)
+        At = At + (xt,)
+
+    # 16 -> 32 -> 64 by [[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]. Below, Aij and Mij are blocks of the inverse and
+    # of -L, ending in t if transposed.
+    M10t, M32t = -gram[1] * beta_column[1], -gram[8] * beta_column[3]
+    M20t, M21t = -gram[3] * beta_column[2], -gram[4] * beta_column[2]
+    M30t, M31t = -gram[6] * beta_column[3], -gram[7] * beta_column[3]
+    product = _times(A[1], M10t, zero)
+    A10, A10t = _times(product, At[0], zero), _times(At[0], product, zero)
+    A32 = _times(_times(A[3], M32t, zero), At[2], zero)
+    Y20, Y21 = _times(A[2], M20t, zero), _times(A[2], M21t, zero)
+    Y30 = _times(A32, M20t, _times(A[3], M30t, zero))
+    Y31 = _times(A32, M21t, _times(A[3], M31t, zero))
+    A20, A21 = _times(Y20, At[0], _times(Y21, A10t, zero)), _times(Y21, At[1], zero)
+    A30, A31 = _times(Y30, At[0], _times(Y31, A10t, zero)), _times(Y31, At[1], zero)
+    inverse = (A[0], A10, A[1], A20, A21, A[2], A30, A31, A32, A[3])
+    for a in gl.static_range(4):
+        for b in gl.static_range(4):
+            tile = gl.zeros([16, 16], gl.bfloat16, BLOCK)
+            if a >= b:
+                decay = gl.exp2(sum_row[a] - sum_column[b])
+                if a == b:
+                    decay = gl.where(row >= column, decay, 0.0)
+                tile = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(gl.bfloat16)
+            out.slice(a * 16, 16, dim=0).slice(b * 16, 16, dim=1).store(tile)
+
+
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_gluon_prep_kernel(
     k_d,
@@ -123,27 +206,29 @@ def delta_rule_gluon_prep_kernel(
     stride_wn,
     H: gl.constexpr,
     HV: gl.constexpr,
+    HEADS: gl.constexpr,
 ):
-    """T and gates of one chunk and value head; zeros in o where a chunk has no live sequence. (T // 64 + N + 1) HV programs.
+    """T and gates of one chunk and HEADS value heads of one key head; zeros in o where a chunk has no live sequence.
+    (T // 64 + N + 1) HV / HEADS programs.
 
     k_d, t_d: descriptors with boxes of 64 x 64 over k [T, H 128] and T; T and gates as in delta_rule_gluon.py; g, beta
     [T,HV] f32 through their strides, o [T,HV,128] contiguous.
     """
     _launch_dependents()
     pid = gl.program_id(0)
-    number = pid // HV  # heads vary fastest: neighbours read the same rows of memory
-    h = pid % HV
+    GROUPS: gl.constexpr = HV // HEADS
+    number = pid // GROUPS  # heads vary fastest: neighbours read the same rows of memory
+    h0 = pid % GROUPS * HEADS
     n, c = _find_chunk(cu_seqlens, number, T, N)
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
     end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1, mask=n < N, other=T), start), T)
     read = gl.load(read_slots + n, mask=n < N, other=-1)
     write = gl.load(write_slots + n.to(gl.int64) * stride_wn, mask=n < N, other=-1)
-    gl.store(error, 1, mask=(c == 0) & (h == 0) & ((read >= S) | (write >= S)))
+    gl.store(error, 1, mask=(c == 0) & (h0 == 0) & ((read >= S) | (write >= S)))
     t0 = start + c * 64
     left = end - t0
     if (c >= 0) & (left > 0):
         if (read >= 0) & (read < S):
-            # T takes the place of the keys' first half.
             tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], k_d.layout)
             vectors = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
             loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -152,25 +237,13 @@ def delta_rule_gluon_prep_kernel(
             _barrier()
             mbarrier.expect(loaded.index(0), 64 * 128 * 2)
             for j in gl.static_range(2):
-                at = [t0, h // (HV // H) * 128 + 64 * j]
+                at = [t0, h0 // (HV // H) * 128 + 64 * j]
                 tma.async_copy_global_to_shared(k_d, at, loaded.index(0), tiles.index(j))
-
             i = gl.arange(0, 64, TOKENS)
-            rows = (t0 + i).to(gl.int64)
-            # exp2(-160) is 0: a smaller gate (-inf too) resets as well, and sums of 64 of them stay exact enough.
-            log2 = gl.load(g + rows * stride_gt + h * stride_gh, mask=i < left, other=0.0) * 1.4426950408889634
-            strength = gl.load(beta + rows * stride_bt + h * stride_bh, mask=i < left, other=0.0)
-            total = gl.associative_scan(gl.maximum(log2, -160.0), 0, _add)
-            last = gl.sum(gl.where(i == 63, total, 0.0), 0)
-            line = gates + (number * HV + h).to(gl.int64) * 256
-            place = 16 * (i % 8 // 2) + 2 * (i // 8) + i % 2
-            gl.store(line + place, total)
-            gl.store(line + 64 + place, gl.exp2(total))
-            gl.store(line + 128 + place, gl.exp2(last - total))
-            gl.store(line + 192 + i, total)
-            vectors.index(0).store(total)
-            vectors.index(1).store(strength)
-
+            g_at = g + (t0 + i).to(gl.int64) * stride_gt + h0 * stride_gh
+            beta_at = beta + (t0 + i).to(gl.int64) * stride_bt + h0 * stride_bh
+            log2 = gl.load(g_at, mask=i < left, other=0.0) * 1.4426950408889634
+            strength = gl.load(beta_at, mask=i < left, other=0.0)
             mbarrier.wait(loaded.index(0), 0)
             if left < 64:  # the rows behind are the next sequence's, of which even a NaN must not matter
                 line_row = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
@@ -178,75 +251,29 @@ def delta_rule_gluon_prep_kernel(
                     none = gl.zeros([64, 64], gl.bfloat16, TILE)
                     tiles.index(j).store(gl.where(line_row < left, tiles.index(j).load(TILE), none))
             _barrier()
-            zero = gl.zeros([16, 16], gl.float32, BLOCK)
-            row = gl.arange(0, 16, ROWS)[:, None]
-            column = gl.arange(0, 16, COLUMNS)[None, :]
-            gram = ()  # blocks (a, b), a <= b, of K K^T at b (b + 1) / 2 + a
-            for _ in gl.static_range(10):
-                gram = gram + (zero,)
-            for j in gl.static_range(2):
-                for k0 in gl.static_range(0, 64, 32):
-                    keys = ()
-                    turned = ()
-                    for a in gl.static_range(4):
-                        part = tiles.index(j).slice(a * 16, 16, dim=0).slice(k0, 32, dim=1).load(LEFT)
-                        keys = keys + (part,)
-                        turned = turned + (_turned(part),)
-                    sums = ()
-                    for b in gl.static_range(4):
-                        for a in gl.static_range(b + 1):
-                            sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
-                    gram = sums
-
-            beta_row = ()
-            beta_column = ()
-            sum_row = ()
-            sum_column = ()
-            for a in gl.static_range(4):
-                sum16, beta16 = vectors.index(0).slice(a * 16, 16), vectors.index(1).slice(a * 16, 16)
-                beta_row = beta_row + (beta16.load(ROWS)[:, None],)
-                beta_column = beta_column + (beta16.load(COLUMNS)[None, :],)
-                sum_row = sum_row + (sum16.load(ROWS)[:, None],)
-                sum_column = sum_column + (sum16.load(COLUMNS)[None, :],)
-            A = ()
-            At = ()
-            for a in gl.static_range(4):
-                x, xt = _invert_block(gram[a * (a + 1) // 2 + a], beta_row[a], beta_column[a], row, column, zero)
-                A = A + (x,)
-                At = At + (xt,)
-
-            # 16 -> 32 -> 64 by [[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]. Below, Aij and Mij are blocks of the
-            # inverse and of -L, ending in t if transposed.
-            M10t, M32t = -gram[1] * beta_column[1], -gram[8] * beta_column[3]
-            M20t, M21t = -gram[3] * beta_column[2], -gram[4] * beta_column[2]
-            M30t, M31t = -gram[6] * beta_column[3], -gram[7] * beta_column[3]
-            product = _times(A[1], M10t, zero)
-            A10, A10t = _times(product, At[0], zero), _times(At[0], product, zero)
-            A32 = _times(_times(A[3], M32t, zero), At[2], zero)
-            Y20, Y21 = _times(A[2], M20t, zero), _times(A[2], M21t, zero)
-            Y30 = _times(A32, M20t, _times(A[3], M30t, zero))
-            Y31 = _times(A32, M21t, _times(A[3], M31t, zero))
-            A20, A21 = _times(Y20, At[0], _times(Y21, A10t, zero)), _times(Y21, At[1], zero)
-            A30, A31 = _times(Y30, At[0], _times(Y31, A10t, zero)), _times(Y31, At[1], zero)
-            inverse = (A[0], A10, A[1], A20, A21, A[2], A30, A31, A32, A[3])
-            _barrier()
-            for a in gl.static_range(4):
-                for b in gl.static_range(4):
-                    out = gl.zeros([16, 16], gl.bfloat16, BLOCK)
-                    if a >= b:
-                        decay = gl.exp2(sum_row[a] - sum_column[b])
-                        if a == b:
-                            decay = gl.where(row >= column, decay, 0.0)
-                        out = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(gl.bfloat16)
-                    tiles.index(0).slice(a * 16, 16, dim=0).slice(b * 16, 16, dim=1).store(out)
-            fence_async_shared()
-            _barrier()
-            tma.async_copy_shared_to_global(t_d, [(number * HV + h) * 64, 0], tiles.index(0))
+            gram = _gram(tiles)
+            _barrier()  # the tiles are T's from now on
+            for j in range(HEADS):
+                tile = number * HV + h0 + j
+                total = gl.associative_scan(gl.maximum(log2, -160.0), 0, _add)
+                _store_gates(gates + tile.to(gl.int64) * 256, total, i)
+                vectors.index(0).store(total)
+                vectors.index(1).store(strength)
+                if HEADS > 1:
+                    log2 = gl.load(g_at + (j + 1) * stride_gh, mask=(i < left) & (j + 1 < HEADS), other=0.0)
+                    log2 = log2 * 1.4426950408889634
+                    strength = gl.load(beta_at + (j + 1) * stride_bh, mask=(i < left) & (j + 1 < HEADS), other=0.0)
+                _barrier()
+                _store_transform(gram, vectors, tiles.index(j % 2))
+                fence_async_shared()
+                _barrier()
+                tma.async_copy_shared_to_global(t_d, [tile * 64, 0], tiles.index(j % 2))
+                tma.store_wait(1)
             tma.store_wait(0)
         else:
             token = t0 + gl.arange(0, 64, gl.SliceLayout(1, TILE))
             channel = gl.arange(0, 64, gl.SliceLayout(0, TILE))
-            at_o = o + (token.to(gl.int64)[:, None] * HV + h) * 128 + channel[None, :]
+            at_o = o + (token.to(gl.int64)[:, None] * HV + h0) * 128 + channel[None, :]
             zeros = gl.zeros([64, 64], gl.bfloat16, TILE)
-            gl.store(at_o, zeros, mask=(token < end)[:, None])
-            gl.store(at_o + 64, zeros, mask=(token < end)[:, None])
+            for j in range(2 * HEADS):
+                gl.store(at_o + 64 * j, zeros, mask=(token < end)[:, None])

@@ -79,11 +79,11 @@ def delta_rule_gluon_starts_kernel(
         columns = gl.arange(0, 64, gl.SliceLayout(0, L))[None, :]
         at = starts + (begin.to(gl.int64) * HV + h) * 16384 + half * 8192 + rows * 128 + columns
         S0, S1 = gl.load(at), gl.load(at + 64)
+        at += HV * 16384
+        H0, H1 = gl.load(at), gl.load(at + 64)
         s = 0
         ph = 0
         for j in range(1, slots):
-            at += HV * 16384
-            H0, H1 = gl.load(at), gl.load(at + 64)
             upper0, upper1 = S0.to(gl.bfloat16), S1.to(gl.bfloat16)
             lower0 = gl.convert_layout((S0 - upper0.to(gl.float32)).to(gl.bfloat16), A)
             lower1 = gl.convert_layout((S1 - upper1.to(gl.float32)).to(gl.bfloat16), A)
@@ -102,9 +102,13 @@ def delta_rule_gluon_starts_kernel(
             S1 = warpgroup_mma(lower1, sM.index(M + 3), S1, is_async=True)
             S1 = warpgroup_mma(upper0, sM.index(M + 5), S1, is_async=True)
             S1 = warpgroup_mma(upper1, sM.index(M + 7), S1, is_async=True)
+            after = at + HV * 16384  # the next H, while the products run
+            H0 = gl.load(after, mask=j + 1 < slots, other=0.0)
+            H1 = gl.load(after + 64, mask=j + 1 < slots, other=0.0)
             S0, S1 = warpgroup_mma_wait(0, [S0, S1])
             gl.store(at, S0)
             gl.store(at + 64, S1)
+            at = after
             _barrier()  # all warps have read M
             if j + STAGES < slots:
                 _load_step(steps_d, row0 + (j + STAGES) * HV * 256, full.index(s), sM, s)

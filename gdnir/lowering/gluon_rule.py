@@ -26,6 +26,7 @@ PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4
 STARTS = {"STAGES": 3, "num_warps": 4, "launch_pdl": True}
 # 168 registers: 12 programs of one warp on each multiprocessor.
 PREP = {"num_warps": 1, "maxnreg": 168}
+PREP_FILL = 7
 
 
 def delta_rule_prefill(
@@ -86,10 +87,11 @@ def delta_rule_prefill(
     segment = segment or 1
     k_tiles = tiles(k)
     t_tiles = TensorDescriptor(transform, list(transform.shape), [CHUNK, 1], [CHUNK, CHUNK], kernels.TILE)
+    shared = _shared_heads(numbers * heads, heads // k.shape[1], _cores(v.device))
     gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
     descriptors = tiles(q), k_tiles, tiles(v), t_tiles, gate_lines, tiles(o)
     with _on(v.device):
-        prep.delta_rule_gluon_prep_kernel[((numbers + 1) * heads,)](
+        prep.delta_rule_gluon_prep_kernel[((numbers + 1) * heads // shared,)](
             k_tiles,
             t_tiles,
             g,
@@ -110,6 +112,7 @@ def delta_rule_prefill(
             seq.write_slots.stride(0),
             H=k.shape[1],
             HV=heads,
+            HEADS=shared,
             **PREP,
         )
         # SPLIT: programs of a head. A part's `units` heads are at work at the same time.
@@ -169,6 +172,11 @@ def _for_tma(x: Tensor) -> Tensor:
     rows = x.shape[0] == 1 or (x.stride(0) >= x.shape[1] * HEAD and x.stride(0) * x.element_size() % 16 == 0)
     heads = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == HEAD)
     return x if rows and heads and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _shared_heads(tiles: int, group: int, cores: int) -> int:
+    """Value heads for which one program of `prep` takes a chunk's keys: all of the key head's, as long as all cores have work."""
+    return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))
 
 
 # Microseconds of a chunk, measured: of a program with its output and of one that only follows the state, by schedule.
