@@ -26,6 +26,7 @@ COLUMNS = gl.constexpr(gl.SliceLayout(0, BLOCK.value))
 TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 TILE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+PRODUCTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 # Triton 3.7 renamed it.
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -102,8 +103,8 @@ def _invert_block(gram, beta_row, beta_column, row, column, zero):
 
 
 @gluon.jit
-def _gram(tiles):
-    """Blocks (a, b), a <= b, of K K^T at b (b + 1) / 2 + a, in f16."""
+def _gram(tiles, kept):
+    """K K^T: its blocks (a, b), a <= b, at b (b + 1) / 2 + a of `kept`, in f16."""
     zero = gl.zeros([16, 16], gl.float32, BLOCK)
     gram = ()
     for _ in gl.static_range(10):
@@ -121,10 +122,9 @@ def _gram(tiles):
                 for a in gl.static_range(b + 1):
                     sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
             gram = sums
-    halves = ()
+    _barrier()  # all keys are read: their place may be kept
     for i in gl.static_range(10):
-        halves = halves + (gram[i].to(gl.float16),)
-    return halves
+        kept.index(i).store(gram[i].to(gl.float16))
 
 
 @gluon.jit
@@ -136,6 +136,11 @@ def _store_gates(line, total, i):
     gl.store(line + 64 + place, gl.exp2(total))
     gl.store(line + 128 + place, gl.exp2(last - total))
     gl.store(line + 192 + i, total)
+
+
+@gluon.jit
+def _scaled(gram, i: gl.constexpr, beta_column):
+    return -gram.index(i).load(BLOCK).to(gl.float32) * beta_column
 
 
 @gluon.jit
@@ -154,16 +159,16 @@ def _store_transform(gram, vectors, out):
         beta_column = beta_column + (beta16.load(COLUMNS)[None, :],)
         sum_row = sum_row + (sum16.load(ROWS)[:, None],)
         sum_column = sum_column + (sum16.load(COLUMNS)[None, :],)
-        block = gram[a * (a + 1) // 2 + a].to(gl.float32)
+        block = gram.index(a * (a + 1) // 2 + a).load(BLOCK).to(gl.float32)
         x, xt = _invert_block(block, beta16.load(ROWS)[:, None], beta_column[a], row, column, zero)
         A = A + (x,)
         At = At + (xt,)
 
     # 16 -> 32 -> 64 by [[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]. Below, Aij and Mij are blocks of the inverse and
     # of -L, ending in t if transposed.
-    M10t, M32t = -gram[1] * beta_column[1], -gram[8] * beta_column[3]
-    M20t, M21t = -gram[3] * beta_column[2], -gram[4] * beta_column[2]
-    M30t, M31t = -gram[6] * beta_column[3], -gram[7] * beta_column[3]
+    M10t, M32t = _scaled(gram, 1, beta_column[1]), _scaled(gram, 8, beta_column[3])
+    M20t, M21t = _scaled(gram, 3, beta_column[2]), _scaled(gram, 4, beta_column[2])
+    M30t, M31t = _scaled(gram, 6, beta_column[3]), _scaled(gram, 7, beta_column[3])
     product = _times(A[1], M10t, zero)
     A10, A10t = _times(product, At[0], zero), _times(At[0], product, zero)
     A32 = _times(_times(A[3], M32t, zero), At[2], zero)
@@ -173,6 +178,8 @@ def _store_transform(gram, vectors, out):
     A20, A21 = _times(Y20, At[0], _times(Y21, A10t, zero)), _times(Y21, At[1], zero)
     A30, A31 = _times(Y30, At[0], _times(Y31, A10t, zero)), _times(Y31, At[1], zero)
     inverse = (A[0], A10, A[1], A20, A21, A[2], A30, A31, A32, A[3])
+    tma.store_wait(0)  # of the head before
+    _barrier()
     for a in gl.static_range(4):
         for b in gl.static_range(4):
             tile = gl.zeros([16, 16], gl.bfloat16, BLOCK)
@@ -251,8 +258,9 @@ def delta_rule_gluon_prep_kernel(
                     none = gl.zeros([64, 64], gl.bfloat16, TILE)
                     tiles.index(j).store(gl.where(line_row < left, tiles.index(j).load(TILE), none))
             _barrier()
-            gram = _gram(tiles)
-            _barrier()  # the tiles are T's from now on
+            # The keys' first half makes place for T, the second one for K K^T.
+            gram = tiles.index(1)._reinterpret(gl.float16, [16, 16, 16], PRODUCTS)
+            _gram(tiles, gram)
             for j in range(HEADS):
                 tile = number * HV + h0 + j
                 total = gl.associative_scan(gl.maximum(log2, -160.0), 0, _add)
@@ -264,11 +272,10 @@ def delta_rule_gluon_prep_kernel(
                     log2 = log2 * 1.4426950408889634
                     strength = gl.load(beta_at + (j + 1) * stride_bh, mask=(i < left) & (j + 1 < HEADS), other=0.0)
                 _barrier()
-                _store_transform(gram, vectors, tiles.index(j % 2))
+                _store_transform(gram, vectors, tiles.index(0))
                 fence_async_shared()
                 _barrier()
-                tma.async_copy_shared_to_global(t_d, [tile * 64, 0], tiles.index(j % 2))
-                tma.store_wait(1)
+                tma.async_copy_shared_to_global(t_d, [tile * 64, 0], tiles.index(0))
             tma.store_wait(0)
         else:
             token = t0 + gl.arange(0, 64, gl.SliceLayout(1, TILE))
