@@ -447,12 +447,8 @@ def _summary_part(start, steps, kept, step, row0, sK, sV, sT, sG, full, empty, n
     at = (WG * 64 + rows) * 128 + columns
     gl.store(start + at, S0, mask=kept & (step == 0))
     gl.store(start + at + 64, S1, mask=kept & (step == 0))
-    # M in two parts of bf16, as it is multiplied with
-    S0_upper, S1_upper = S0.to(gl.bfloat16), S1.to(gl.bfloat16)
-    gl.store(steps + at, S0_upper, mask=kept & step)
-    gl.store(steps + at + 64, S1_upper, mask=kept & step)
-    gl.store(steps + at + 16384, (S0 - S0_upper.to(gl.float32)).to(gl.bfloat16), mask=kept & step)
-    gl.store(steps + at + 16448, (S1 - S1_upper.to(gl.float32)).to(gl.bfloat16), mask=kept & step)
+    gl.store(steps + at, S0.to(gl.bfloat16), mask=kept & step)
+    gl.store(steps + at + 64, S1.to(gl.bfloat16), mask=kept & step)
 
 
 @gluon.jit
@@ -605,7 +601,7 @@ def delta_rule_gluon_kernel(
     step = steps
     if PART != 0:
         slot += (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
-        step += (number.to(gl.int64) * HV + hv) * 32768 + vh * 8192
+        step += (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
     ends = (h0, ht, slot, stateful, stored, kept)
     o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
     if NWG == 1:

@@ -1,7 +1,7 @@
 """Where the segments of a cut sequence start, in the chunked gated delta rule on Hopper: S' = S M + H, from one to the next.
 
-H is a segment's end from zero and M that of the identity with V = 0. Products of f32 as three of bf16, summed in f32: the
-upper 8 bits of each operand, and twice the upper bits of one with the lower of the other.
+H is a segment's end from zero and M that of the identity with V = 0. M is rounded to bf16, whose error fades with what it
+multiplies, and S is taken in two parts of bf16: what is carried over all segments is f32.
 """
 
 import triton.experimental.gluon.language as gl
@@ -24,9 +24,9 @@ _SLICED = ["cu_seqlens", "read_slots"]
 
 @gluon.jit
 def _load_step(steps_d, row, bar, sM, s):
-    mbarrier.expect(bar, 8 * 64 * 64 * 2)
-    for i in gl.static_range(8):  # upper and lower bits of M, rows, columns
-        tma.async_copy_global_to_shared(steps_d, [row + (i // 2) * 64, (i % 2) * 64], bar, sM.index(s * 8 + i))
+    mbarrier.expect(bar, 4 * 64 * 64 * 2)
+    for i in gl.static_range(4):  # rows, columns
+        tma.async_copy_global_to_shared(steps_d, [row + (i // 2) * 64, (i % 2) * 64], bar, sM.index(s * 4 + i))
 
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
@@ -46,7 +46,7 @@ def delta_rule_gluon_starts_kernel(
     """64 of the 128 rows of one cut sequence and head. 2 N HV programs.
 
     starts f32 [slots,HV,128,128]: the end of the first segment and each next one's H; then each segment's start. steps_d: a
-    descriptor with boxes of 64 x 64 over bf16 [slots,HV,2,128,128], each M in two parts. Slots as in delta_rule_gluon.py.
+    descriptor with boxes of 64 x 64 over M, bf16 [slots,HV,128,128]. Slots as in delta_rule_gluon.py.
     """
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
@@ -63,7 +63,7 @@ def delta_rule_gluon_starts_kernel(
     # The last segment ends in the pool, and needs no slot; the first slot is a start as it is.
     slots = (chunks + SEGMENT - 1) // SEGMENT - 1
     slots = gl.where((chunks > CUT) & (read >= 0) & (read < S), slots, 0)
-    sM = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 8, 64, 64], steps_d.layout)
+    sM = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, 64, 64], steps_d.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -71,10 +71,10 @@ def delta_rule_gluon_starts_kernel(
     _barrier()
     _wait_for_primary()
     if slots > 1:
-        row0 = (begin * HV + h) * 256
+        row0 = (begin * HV + h) * 128
         for i in gl.static_range(STAGES):
             if i + 1 < slots:
-                _load_step(steps_d, row0 + (i + 1) * HV * 256, full.index(i), sM, i)
+                _load_step(steps_d, row0 + (i + 1) * HV * 128, full.index(i), sM, i)
         rows = gl.arange(0, 64, gl.SliceLayout(1, L))[:, None]
         columns = gl.arange(0, 64, gl.SliceLayout(0, L))[None, :]
         at = starts + (begin.to(gl.int64) * HV + h) * 16384 + half * 8192 + rows * 128 + columns
@@ -89,19 +89,15 @@ def delta_rule_gluon_starts_kernel(
             lower1 = gl.convert_layout((S1 - upper1.to(gl.float32)).to(gl.bfloat16), A)
             upper0, upper1 = gl.convert_layout(upper0, A), gl.convert_layout(upper1, A)
             mbarrier.wait(full.index(s), ph)
-            M = s * 8
+            M = s * 4
             S0 = warpgroup_mma(upper0, sM.index(M), H0, is_async=True)
             S0 = warpgroup_mma(upper1, sM.index(M + 2), S0, is_async=True)
             S0 = warpgroup_mma(lower0, sM.index(M), S0, is_async=True)
             S0 = warpgroup_mma(lower1, sM.index(M + 2), S0, is_async=True)
-            S0 = warpgroup_mma(upper0, sM.index(M + 4), S0, is_async=True)
-            S0 = warpgroup_mma(upper1, sM.index(M + 6), S0, is_async=True)
             S1 = warpgroup_mma(upper0, sM.index(M + 1), H1, is_async=True)
             S1 = warpgroup_mma(upper1, sM.index(M + 3), S1, is_async=True)
             S1 = warpgroup_mma(lower0, sM.index(M + 1), S1, is_async=True)
             S1 = warpgroup_mma(lower1, sM.index(M + 3), S1, is_async=True)
-            S1 = warpgroup_mma(upper0, sM.index(M + 5), S1, is_async=True)
-            S1 = warpgroup_mma(upper1, sM.index(M + 7), S1, is_async=True)
             after = at + HV * 16384  # the next H, while the products run
             H0 = gl.load(after, mask=j + 1 < slots, other=0.0)
             H1 = gl.load(after + 64, mask=j + 1 < slots, other=0.0)
@@ -111,7 +107,7 @@ def delta_rule_gluon_starts_kernel(
             at = after
             _barrier()  # all warps have read M
             if j + STAGES < slots:
-                _load_step(steps_d, row0 + (j + STAGES) * HV * 256, full.index(s), sM, s)
+                _load_step(steps_d, row0 + (j + STAGES) * HV * 128, full.index(s), sM, s)
             wrap = s == STAGES - 1
             s = gl.where(wrap, 0, s + 1)
             ph = gl.where(wrap, ph ^ 1, ph)

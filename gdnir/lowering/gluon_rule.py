@@ -23,7 +23,7 @@ CHUNK = 64
 # the second of these warpgroups and in the one that computes P; the first gets what is left of maxnreg for each thread.
 SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
 PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
-STARTS = {"STAGES": 3, "num_warps": 4, "launch_pdl": True}
+STARTS = {"STAGES": 4, "num_warps": 4, "launch_pdl": True}
 # 168 registers: 12 programs of one warp on each multiprocessor.
 PREP = {"num_warps": 1, "maxnreg": 168}
 PREP_FILL = 7
@@ -82,7 +82,7 @@ def delta_rule_prefill(
         segment = _segment(count, heads, -(-seq.max_len // CHUNK), _cores(v.device))
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
     starts = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
-    steps = torch.empty((slots, heads, 2, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
+    steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
     k_tiles = tiles(k)
