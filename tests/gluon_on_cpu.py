@@ -75,8 +75,6 @@ class Shared:
         tile.copy_(value)
 
     def _reinterpret(self, dtype, shape, layout):
-        if dtype == torch.float16:
-            return Shared(lambda: self.get().view(dtype).view(shape))
         count, rows, columns = shape
         # Tiles of 64 columns lie one after the other; read only.
         return Shared(lambda: self.get().view(count, -1, rows, 64).permute(0, 2, 1, 3).reshape(shape))

@@ -11,7 +11,7 @@ of what is needed on the right the transpose is computed beside it. No barrier w
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
 _VARYING = ["T", "N", "S", "stride_wn"]
@@ -25,6 +25,16 @@ ROWS = gl.constexpr(gl.SliceLayout(1, BLOCK.value))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, BLOCK.value))
 TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 TILE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+# 16 keys, 32 of their channels: 16 bytes of each of two keys for a thread. Which product a channel takes part in is all one.
+KEYS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[],
+        block_bases=[],
+        shape=[16, 32],
+    )
+)
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PRODUCTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
@@ -103,26 +113,30 @@ def _invert_block(gram, beta_row, beta_column, row, column, zero):
 
 
 @gluon.jit
-def _gram(tiles, kept):
-    """K K^T: its blocks (a, b), a <= b, at b (b + 1) / 2 + a of `kept`, in f16."""
+def _gram(k, stride_kt, left, kept):
+    """K K^T: its blocks (a, b), a <= b, at b (b + 1) / 2 + a of `kept`, in f16. The rows behind `left` are the next sequence's,
+    of which even a NaN must not matter."""
     zero = gl.zeros([16, 16], gl.float32, BLOCK)
+    row = gl.arange(0, 16, gl.SliceLayout(1, KEYS))[:, None]
+    channel = gl.arange(0, 32, gl.SliceLayout(0, KEYS))[None, :]
     gram = ()
     for _ in gl.static_range(10):
         gram = gram + (zero,)
-    for j in gl.static_range(2):
-        for k0 in gl.static_range(0, 64, 32):
-            keys = ()
-            turned = ()
-            for a in gl.static_range(4):
-                part = tiles.index(j).slice(a * 16, 16, dim=0).slice(k0, 32, dim=1).load(LEFT)
-                keys = keys + (part,)
-                turned = turned + (_turned(part),)
-            sums = ()
-            for b in gl.static_range(4):
-                for a in gl.static_range(b + 1):
-                    sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
-            gram = sums
-    _barrier()  # all keys are read: their place may be kept
+    for k0 in gl.static_range(0, 128, 32):
+        keys = ()
+        turned = ()
+        for a in gl.static_range(4):
+            at = k + (a * 16 + row).to(gl.int64) * stride_kt + k0 + channel
+            part = gl.load(at, mask=a * 16 + row < left, other=0.0)
+            part = part.reshape([16, 4, 2, 2, 2]).permute((0, 2, 3, 1, 4)).reshape([16, 32])
+            part = gl.convert_layout(part, LEFT, assert_trivial=True)
+            keys = keys + (part,)
+            turned = turned + (_turned(part),)
+        sums = ()
+        for b in gl.static_range(4):
+            for a in gl.static_range(b + 1):
+                sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
+        gram = sums
     for i in gl.static_range(10):
         kept.index(i).store(gram[i].to(gl.float16))
 
@@ -193,7 +207,7 @@ def _store_transform(gram, vectors, out):
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_gluon_prep_kernel(
-    k_d,
+    k,
     t_d,
     g,
     beta,
@@ -206,6 +220,8 @@ def delta_rule_gluon_prep_kernel(
     T,
     N,
     S,
+    stride_kt,
+    stride_kh,
     stride_gt,
     stride_gh,
     stride_bt,
@@ -218,8 +234,8 @@ def delta_rule_gluon_prep_kernel(
     """T and gates of one chunk and HEADS value heads of one key head; zeros in o where a chunk has no live sequence.
     (T // 64 + N + 1) HV / HEADS programs.
 
-    k_d, t_d: descriptors with boxes of 64 x 64 over k [T, H 128] and T; T and gates as in delta_rule_gluon.py; g, beta
-    [T,HV] f32 through their strides, o [T,HV,128] contiguous.
+    k [T,H,128] through its strides, g, beta [T,HV] f32 through theirs, o [T,HV,128] contiguous; t_d: a descriptor with boxes of
+    64 x 64 over T; T and gates as in delta_rule_gluon.py.
     """
     _launch_dependents()
     pid = gl.program_id(0)
@@ -236,31 +252,15 @@ def delta_rule_gluon_prep_kernel(
     left = end - t0
     if (c >= 0) & (left > 0):
         if (read >= 0) & (read < S):
-            tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], k_d.layout)
+            transform = gl.allocate_shared_memory(gl.bfloat16, [64, 64], t_d.layout)
+            gram = gl.allocate_shared_memory(gl.float16, [10, 16, 16], PRODUCTS)
             vectors = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
-            loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-            mbarrier.init(loaded.index(0), count=1)
-            fence_async_shared()
-            _barrier()
-            mbarrier.expect(loaded.index(0), 64 * 128 * 2)
-            for j in gl.static_range(2):
-                at = [t0, h0 // (HV // H) * 128 + 64 * j]
-                tma.async_copy_global_to_shared(k_d, at, loaded.index(0), tiles.index(j))
             i = gl.arange(0, 64, TOKENS)
             g_at = g + (t0 + i).to(gl.int64) * stride_gt + h0 * stride_gh
             beta_at = beta + (t0 + i).to(gl.int64) * stride_bt + h0 * stride_bh
             log2 = gl.load(g_at, mask=i < left, other=0.0) * 1.4426950408889634
             strength = gl.load(beta_at, mask=i < left, other=0.0)
-            mbarrier.wait(loaded.index(0), 0)
-            if left < 64:  # the rows behind are the next sequence's, of which even a NaN must not matter
-                line_row = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
-                for j in gl.static_range(2):
-                    none = gl.zeros([64, 64], gl.bfloat16, TILE)
-                    tiles.index(j).store(gl.where(line_row < left, tiles.index(j).load(TILE), none))
-            _barrier()
-            # The keys' first half makes place for T, the second one for K K^T.
-            gram = tiles.index(1)._reinterpret(gl.float16, [16, 16, 16], PRODUCTS)
-            _gram(tiles, gram)
+            _gram(k + t0.to(gl.int64) * stride_kt + h0 // (HV // H) * stride_kh, stride_kt, left, gram)
             for j in range(HEADS):
                 tile = number * HV + h0 + j
                 total = gl.associative_scan(gl.maximum(log2, -160.0), 0, _add)
@@ -272,10 +272,10 @@ def delta_rule_gluon_prep_kernel(
                     log2 = log2 * 1.4426950408889634
                     strength = gl.load(beta_at + (j + 1) * stride_bh, mask=(i < left) & (j + 1 < HEADS), other=0.0)
                 _barrier()
-                _store_transform(gram, vectors, tiles.index(0))
+                _store_transform(gram, vectors, transform)
                 fence_async_shared()
                 _barrier()
-                tma.async_copy_shared_to_global(t_d, [tile * 64, 0], tiles.index(0))
+                tma.async_copy_shared_to_global(t_d, [tile * 64, 0], transform)
             tma.store_wait(0)
         else:
             token = t0 + gl.arange(0, 64, gl.SliceLayout(1, TILE))

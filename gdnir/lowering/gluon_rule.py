@@ -85,14 +85,13 @@ def delta_rule_prefill(
     steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
-    k_tiles = tiles(k)
     t_tiles = TensorDescriptor(transform, list(transform.shape), [CHUNK, 1], [CHUNK, CHUNK], kernels.TILE)
     shared = _shared_heads(numbers * heads, heads // k.shape[1], _cores(v.device))
     gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
-    descriptors = tiles(q), k_tiles, tiles(v), t_tiles, gate_lines, tiles(o)
+    descriptors = tiles(q), tiles(k), tiles(v), t_tiles, gate_lines, tiles(o)
     with _on(v.device):
         prep.delta_rule_gluon_prep_kernel[((numbers + 1) * heads // shared,)](
-            k_tiles,
+            k,
             t_tiles,
             g,
             beta,
@@ -105,6 +104,8 @@ def delta_rule_prefill(
             tokens,
             count,
             state.shape[0],
+            _row_stride(k),
+            k.stride(1),
             _row_stride(g),
             g.stride(1),
             _row_stride(beta),
