@@ -317,10 +317,10 @@ class Launched:
 
 @contextlib.contextmanager
 def gluon_on_cpu(seed=0):
-    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_starts
+    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
 
-    modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_starts
-    found = [(module, module.__name__.rpartition(".")[2] + "_kernel") for module in modules]
+    modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
+    found = [(m, name) for m in modules for name in vars(m) if name.endswith("_kernel")]
     originals = [getattr(module, name) for module, name in found]
     interval = sys.getswitchinterval()
     for module, name in found:

@@ -25,27 +25,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .delta_rule_gluon_prep import _barrier, _launch_dependents, _wait_for_primary
+from .delta_rule_gluon_prep import _barrier, _wait_for_primary
 
 # What descriptors of [64, 64] tiles of bf16, and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
-_VARYING = ["T", "N", "S", "SEGMENT", "CUT", "stride_wn"]
+_VARYING = ["T", "N", "S", "slots", "segment", "stride_wn"]
 # A part of a batch is a slice of these, at any alignment.
 _SLICED = ["cu_seqlens", "read_slots", "write_slots", "has_state", "error"]
 
 
 @gluon.jit
-def _find_sequence(cu_seqlens, number, T, N, SEGMENT):
-    """The last n in [0, N) of which a segment can have this number: start_n // (64 SEGMENT) <= number."""
+def _find_sequence(cu_seqlens, number, T, N, segment):
+    """The last n in [0, N) of which a segment can have this number: start_n // (64 segment) <= number."""
     n = number * 0
     left = N
     while left > 1:
         half = left // 2
         start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + half), 0), T)
-        n += gl.where(start // (64 * SEGMENT) <= number, half, 0)
+        n += gl.where(start // (64 * segment) <= number, half, 0)
         left -= half
     return n
 
@@ -100,7 +100,7 @@ def _gate_row(g, ROW: gl.constexpr, ci: gl.constexpr):
 
 
 @gluon.jit
-def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, summary, row0, tile0, hq, hv,
+def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
                HV: gl.constexpr, vh, NSTG: gl.constexpr, NWG: gl.constexpr):  # fmt: skip
     """1 warp. Loads chunk c once chunk c - NSTG is released; the consumers left O of that chunk in its V tile, from where it
     is stored first. The generic-to-async proxy fence is here, not in the consumers, where it costs 300 cycles."""
@@ -113,7 +113,7 @@ def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nc
         if c >= NSTG:
             mbarrier.wait(empty.index(s), ph)
             fence_async_shared()
-            if (c - NSTG != tail) & (summary == 0):
+            if c - NSTG != tail:
                 for i in gl.static_range(NWG):
                     o_at = [r - 64 * NSTG, hv * 128 + (vh + i) * 64]
                     tma.async_copy_shared_to_global(o_d, o_at, sV.index(s * NWG + i))
@@ -166,8 +166,8 @@ def _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale,
 
 
 @gluon.jit
-def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_ptr, lscale, HV: gl.constexpr,
-            NSTG: gl.constexpr, NP: gl.constexpr, NWG: gl.constexpr, EARLY: gl.constexpr, PART: gl.constexpr):  # fmt: skip
+def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, HV: gl.constexpr,
+            NSTG: gl.constexpr, NP: gl.constexpr, NWG: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """1 warpgroup: P of every chunk, ahead of the consumers and off their chain. EARLY: read the gates before the wgmmas are
     queued and form the decay while they run (needs 100 registers; otherwise 72 do)"""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -180,8 +180,6 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_ptr,
     s = 0
     ph = 0
     i = 0
-    if PART == 1:
-        whole = gl.where(summary != 0, 0, whole)
     for c in range(whole):
         _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale, NSTG, NP, EARLY, ri, ci)
         wrap = s == NSTG - 1
@@ -209,29 +207,30 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_ptr,
 
 
 @gluon.jit
-def _load_rows(ends, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):
+def _load_rows(ends, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr):
     """Some of the 64 rows of the state with which warpgroup WG starts, f32."""
-    h0_ptr, ht_ptr, slot, stateful, stored, kept = ends
-    if PART == 2:
+    h0_ptr, ht_ptr, start_ptr, stateful, stored, started = ends
+    if CUT:
         _wait_for_primary()
-        S = gl.load(slot + (WG * 64 + rows) * 128 + columns, mask=stateful, other=0.0)
+        if started:
+            S = gl.load(start_ptr + (WG * 64 + rows) * 128 + columns)
+        else:
+            S = gl.load(h0_ptr + (WG * 64 + rows) * VS + columns * KS, mask=stateful, other=0.0).to(gl.float32)
     else:
         S = gl.load(h0_ptr + (WG * 64 + rows) * VS + columns * KS, mask=stateful, other=0.0).to(gl.float32)
     return S
 
 
 @gluon.jit
-def _store_rows(ends, S, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):
-    h0_ptr, ht_ptr, slot, stateful, stored, kept = ends
+def _store_rows(ends, S, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: gl.constexpr):
+    h0_ptr, ht_ptr, start_ptr, stateful, stored, started = ends
     gl.store(ht_ptr + (WG * 64 + rows) * VS + columns * KS, S.to(ht_ptr.dtype.element_ty), mask=stored)
-    if PART == 1:
-        gl.store(slot + (WG * 64 + rows) * 128 + columns, S, mask=kept)
 
 
 @gluon.jit
 def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
-                 VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
+                 VS: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """1 warpgroup, 64 rows of V, scheduled for latency. The state is kept in two halves of K (S0, S1), so that one is rounded
     to bf16 while the other is updated; the loop starts where NV is ready and no wgmma is in flight, and every group of wgmmas
     has other work in its shadow: O1 scaling and P NV under the state update, O's epilogue under S K^T, S scaling under NV."""
@@ -241,13 +240,13 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
     rs: gl.constexpr = gl.SliceLayout(1, L)
     rows = gl.arange(0, 64, rs)[:, None]
     columns = gl.arange(0, 64, ci)[None, :]
-    S0 = _load_rows(ends, rows, columns, WG, VS, KS, PART)
-    S1 = _load_rows(ends, rows, columns + 64, WG, VS, KS, PART)
+    S0 = _load_rows(ends, rows, columns, WG, VS, KS, CUT)
+    S1 = _load_rows(ends, rows, columns + 64, WG, VS, KS, CUT)
     z = gl.zeros([64, 64], gl.float32, L)
     _barrier()
     if nch == 0:
-        _store_rows(ends, S0, rows, columns, WG, VS, KS, PART)
-        _store_rows(ends, S1, rows, columns + 64, WG, VS, KS, PART)
+        _store_rows(ends, S0, rows, columns, WG, VS, KS)
+        _store_rows(ends, S1, rows, columns + 64, WG, VS, KS)
     else:
         # chunk 0 up to NV. pfull says that P is there, and so that the whole chunk is.
         g = sG.index(0)
@@ -330,9 +329,9 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         NVb = gl.convert_layout(NV.to(gl.bfloat16), A)
         O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O1 * (e * scale), is_async=True)
         S0 = warpgroup_mma_wait(2, [S0])
-        _store_rows(ends, S0, rows, columns, WG, VS, KS, PART)
+        _store_rows(ends, S0, rows, columns, WG, VS, KS)
         S1 = warpgroup_mma_wait(1, [S1])
-        _store_rows(ends, S1, rows, columns + 64, WG, VS, KS, PART)
+        _store_rows(ends, S1, rows, columns + 64, WG, VS, KS)
         O = warpgroup_mma_wait(0, [O])
         sV.index(s * NWG + WG).permute((1, 0)).store(O.to(gl.bfloat16))
         _barrier()
@@ -342,7 +341,7 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
 @gluon.jit
 def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
-               VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
+               VS: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """1 of 2 warpgroups, 64 rows of V, scheduled for few registers (208): the other one fills the tensor cores meanwhile"""
     L64: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     L128: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
@@ -355,7 +354,7 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
     sK = sK2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sK2.layout)
     rows = gl.arange(0, 64, rs)[:, None]
     columns = gl.arange(0, 128, gl.SliceLayout(0, L128))[None, :]
-    S = _load_rows(ends, rows, columns, WG, VS, KS, PART)
+    S = _load_rows(ends, rows, columns, WG, VS, KS, CUT)
     z = gl.zeros([64, 64], gl.float32, L64)
     _barrier()
     s = 0
@@ -398,76 +397,8 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         wrap = i == NP - 1
         i = gl.where(wrap, 0, i + 1)
         pph = gl.where(wrap, pph ^ 1, pph)
-    _store_rows(ends, S, rows, columns, WG, VS, KS, PART)
+    _store_rows(ends, S, rows, columns, WG, VS, KS)
 
-
-@gluon.jit
-def _summary_part(start, steps, kept, step, row0, sK, sV, sT, sG, full, empty, nch,
-                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr):  # fmt: skip
-    """1 warpgroup, 64 rows of H or M of a segment: the recurrence without its outputs, from 0, or for M (`step`), of which
-    they are those from row0, from the identity and with V = 0."""
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    ci: gl.constexpr = gl.SliceLayout(0, L)
-    rs: gl.constexpr = gl.SliceLayout(1, L)
-    rows = gl.arange(0, 64, rs)[:, None]
-    columns = gl.arange(0, 64, ci)[None, :]
-    S0 = gl.where(step & (rows + row0 == columns), 1.0, 0.0)
-    S1 = gl.where(step & (rows + row0 == columns + 64), 1.0, 0.0)
-    z = gl.zeros([64, 64], gl.float32, L)
-    _barrier()
-    s = 0
-    ph = 0
-    for c in range(nch):
-        g = sG.index(s)
-        mbarrier.wait(full.index(s), ph)
-        v = gl.where(step, 0.0, sV.index(s * NWG + WG).permute((1, 0)).load(L).to(gl.float32))
-        e = _gate_row(g, 1, ci)[None, :]
-        d = _gate_row(g, 2, ci)[None, :]
-        glast = g.slice(127, 1).load(rs)[:, None]
-        B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
-        B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
-        SK = warpgroup_mma(B0, sK.index(2 * s).permute((1, 0)), z, use_acc=False, is_async=True)
-        SK = warpgroup_mma(B1, sK.index(2 * s + 1).permute((1, 0)), SK, is_async=True)
-        S0 = S0 * glast
-        S1 = S1 * glast
-        SK = warpgroup_mma_wait(0, [SK])
-        W = gl.convert_layout((v - SK * e).to(gl.bfloat16), A)
-        NV = warpgroup_mma(W, sT.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
-        NV = warpgroup_mma_wait(0, [NV])
-        NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A)
-        S0 = warpgroup_mma(NVd, sK.index(2 * s), S0, is_async=True)
-        S1 = warpgroup_mma(NVd, sK.index(2 * s + 1), S1, is_async=True)
-        S0, S1 = warpgroup_mma_wait(0, [S0, S1])
-        _barrier()
-        mbarrier.arrive(empty.index(s), count=1)
-        wrap = s == NSTG - 1
-        s = gl.where(wrap, 0, s + 1)
-        ph = gl.where(wrap, ph ^ 1, ph)
-    at = (WG * 64 + rows) * 128 + columns
-    gl.store(start + at, S0, mask=kept & (step == 0))
-    gl.store(start + at + 64, S1, mask=kept & (step == 0))
-    gl.store(steps + at, S0.to(gl.bfloat16), mask=kept & step)
-    gl.store(steps + at + 64, S1.to(gl.bfloat16), mask=kept & step)
-
-
-@gluon.jit
-def _chain_part(ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
-                VS: gl.constexpr, KS: gl.constexpr, PART: gl.constexpr):  # fmt: skip
-    """1 warpgroup and 64 rows of a state."""
-    if PART == 1:
-        if summary != 0:
-            row0 = gl.program_id(0) % (2 // NWG) * 64 + WG * 64
-            _summary_part(ends[2], step, ends[5], summary == 2, row0, sK, sV, sT, sG, full, empty, nch, WG, NWG, NSTG)
-        elif NWG == 1:
-            _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
-        else:
-            _pair_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
-    elif NWG == 1:
-        _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
-    else:
-        _pair_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, WG, NWG, NSTG, NP, VS, KS, PART)
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_gluon_kernel(
@@ -484,12 +415,11 @@ def delta_rule_gluon_kernel(
     write_slots,
     has_state,
     starts,
-    steps,
     T,
     N,
     S,
-    SEGMENT,
-    CUT,
+    slots,
+    segment,
     stride_s,
     stride_sh,
     stride_wn,
@@ -504,43 +434,26 @@ def delta_rule_gluon_kernel(
     RC: gl.constexpr,
     RP: gl.constexpr,
     EARLY: gl.constexpr,
-    PART: gl.constexpr,
+    CUT: gl.constexpr,
 ):
     """One sequence and head. NWG = 1: a CTA owns 64 of its 128 V rows. NWG = 2: all of them, in two warpgroups that share the
-    tiles of Q, K, T and P (40 % less traffic into the SM). A sequence of more than CUT chunks is cut into segments of SEGMENT:
-      PART 0: no sequence is cut. N HV (2 / NWG) programs.
-      PART 1: uncut sequences, the first segments, whose ends go to `starts`, and of those in the middle H and M, to `starts`
-              and `steps`. (N + 2 (T // 64 // SEGMENT)) HV (2 / NWG) programs.
-      PART 2: the later segments, from their starts in `starts`. (T // 64 // SEGMENT) HV (2 / NWG) programs. Only here is the
-              state of a cut sequence stored: PART 1 reads the old one, which may lie in the same slot.
+    tiles of Q, K, T and P (40 % less traffic into the SM). N HV (2 / NWG) programs. CUT: sequences of more than `segment` chunks
+    are in segments, which start where `starts` says; there are `slots` HV (2 / NWG) programs more.
 
     q_d .. o_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates;
     state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
     """
     NP: gl.constexpr = 3
     SPLIT: gl.constexpr = 2 // NWG
-    if PART == 1:
-        _launch_dependents()
     pid = gl.program_id(0)
     vh = pid % SPLIT
     unit = pid // SPLIT
-    # Programs of segments have them by the number of the slot of their start, H and M.
-    main = unit < N * HV
-    summary = unit * 0  # 1: H, 2: M
-    number = unit * 0
-    if PART == 0:
-        hv = unit % HV
-        n = unit // HV
-    if PART == 1:
-        behind = gl.maximum(unit - N * HV, 0)
-        summary = gl.where(main, 0, behind % 2 + 1)
-        number = behind // 2 // HV
-        hv = gl.where(main, unit, behind // 2) % HV
-        n = gl.where(main, unit // HV, _find_sequence(cu_seqlens, number, T, N, SEGMENT))
-    if PART == 2:
-        number = unit // HV
-        hv = unit % HV
-        n = _find_sequence(cu_seqlens, number, T, N, SEGMENT)
+    hv = unit % HV
+    n = unit // HV
+    if CUT:  # behind the sequences, and first segments, are the other segments, by number of slot
+        number = gl.maximum(n - N, 0)
+        later = n >= N
+        n = gl.where(later, _find_sequence(cu_seqlens, number, T, N, segment), n)
     hq = hv // (HV // H)
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
     end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), start), T)
@@ -552,23 +465,14 @@ def delta_rule_gluon_kernel(
     chunks = gl.where(live, (end - start + 63) // 64, 0)
     first = chunks * 0
     last = chunks
-    kept = live & False
-    if PART != 0:
-        cut = chunks > CUT
-        begin = start // (64 * SEGMENT)
-        ahead = (number - begin) * SEGMENT
-    if PART == 1:
-        middle = cut & (ahead > 0) & (ahead + SEGMENT < chunks)
-        first = gl.where(main, 0, ahead)
-        last = gl.where(gl.where(main, cut, middle), first + SEGMENT, gl.where(main, chunks, first))
-        kept = gl.where(main, cut, middle)
-        number = gl.where(main, gl.where(cut, begin, 0), number)
-        live = live & main & (last == chunks)
-    if PART == 2:
-        stateful = cut & (ahead >= 0) & (ahead + SEGMENT < chunks)
-        first = gl.where(stateful, ahead + SEGMENT, 0)
-        last = gl.where(stateful, gl.minimum(first + SEGMENT, chunks), 0)
-        live = stateful & (last == chunks)
+    started = live & False
+    if CUT:
+        begin = start // (64 * segment)
+        ahead = (number - begin + 1) * segment
+        first = gl.where(later, gl.where((chunks > segment) & (ahead > 0) & (ahead < chunks), ahead, chunks), 0)
+        last = gl.minimum(first + segment, chunks)
+        started = (chunks > segment) & (first < chunks)
+        live = live & (last == chunks) & ((later == 0) | started)
     stored = live & (write >= 0) & (write < S)
     nch = last - first
     row0 = start + first * 64
@@ -597,30 +501,24 @@ def delta_rule_gluon_kernel(
     head = state + hv.to(gl.int64) * stride_sh + vh * 64 * VS
     h0 = head + gl.where(stateful, read, 0).to(gl.int64) * stride_s
     ht = head + gl.where(stored, write, 0).to(gl.int64) * stride_s
-    slot = starts
-    step = steps
-    if PART != 0:
-        slot += (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
-        step += (number.to(gl.int64) * HV + hv) * 16384 + vh * 8192
-    ends = (h0, ht, slot, stateful, stored, kept)
+    start_ptr = starts
+    if CUT:
+        slot = gl.where(started, gl.where(later, number, slots + begin), 0)
+        start_ptr += (slot.to(gl.int64) * HV + hv) * 16384 + vh * 8192
+    ends = (h0, ht, start_ptr, stateful, stored, started)
     o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
     if NWG == 1:
         gl.warp_specialize([
-            (_chain_part, (ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                           0, NWG, NSTG, NP, VS, KS, PART)),
-            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_tail, lscale,
-                       HV, NSTG, NP, NWG, EARLY, PART)),
-            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, summary, row0, tile0,
+            (_single_part, (ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 0, NWG, NSTG, NP, VS, KS, CUT)),
+            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0,
                           hq, hv, HV, vh, NSTG, NWG)),
         ], [4, 1], [RP, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_chain_part, (ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                           0, NWG, NSTG, NP, VS, KS, PART)),
-            (_chain_part, (ends, summary, step, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
-                           1, NWG, NSTG, NP, VS, KS, PART)),
-            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, summary, o_tail, lscale,
-                       HV, NSTG, NP, NWG, EARLY, PART)),
-            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, summary, row0, tile0,
+            (_pair_part, (ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 0, NWG, NSTG, NP, VS, KS, CUT)),
+            (_pair_part, (ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 1, NWG, NSTG, NP, VS, KS, CUT)),
+            (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0,
                           hq, hv, HV, vh, NSTG, NWG)),
         ], [4, 4, 1], [RC, RP, 24])  # fmt: skip

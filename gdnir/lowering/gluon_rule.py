@@ -23,9 +23,10 @@ CHUNK = 64
 # the second of these warpgroups and in the one that computes P; the first gets what is left of maxnreg for each thread.
 SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
 PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
+SUMMARY = {"NSTG": 3, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
 STARTS = {"STAGES": 4, "num_warps": 4, "launch_pdl": True}
-# 168 registers: 12 programs of one warp on each multiprocessor.
-PREP = {"num_warps": 1, "maxnreg": 168}
+# 144 registers: 14 programs of one warp on each multiprocessor.
+PREP = {"num_warps": 1, "maxnreg": 144}
 PREP_FILL = 7
 
 
@@ -67,7 +68,7 @@ def delta_rule_prefill(
 
     from gdnir.kernels import delta_rule_gluon as kernels
     from gdnir.kernels import delta_rule_gluon_prep as prep
-    from gdnir.kernels import delta_rule_gluon_starts as starts_kernels
+    from gdnir.kernels import delta_rule_gluon_segments as segments
 
     def tiles(x: Tensor) -> Any:
         """A descriptor of x [T, heads, 128] as a matrix; it may not be empty."""
@@ -81,10 +82,12 @@ def delta_rule_prefill(
     if segment is None:
         segment = _segment(count, heads, -(-seq.max_len // CHUNK), _cores(v.device))
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
-    starts = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
+    starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
     steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
+    sizes = tokens, count, state.shape[0], slots, segment
+    shape = {"H": k.shape[1], "HV": heads, "VS": state.stride(2), "KS": state.stride(3)}
     t_tiles = TensorDescriptor(transform, list(transform.shape), [CHUNK, 1], [CHUNK, CHUNK], kernels.TILE)
     shared = _shared_heads(numbers * heads, heads // k.shape[1], _cores(v.device))
     gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
@@ -116,55 +119,55 @@ def delta_rule_prefill(
             HEADS=shared,
             **PREP,
         )
-        # SPLIT: programs of a head. A part's `units` heads are at work at the same time.
-        def carry(part: int, units: int) -> None:
-            schedule = SINGLE if 2 * units <= _cores(v.device) else PAIR
-            kernels.delta_rule_gluon_kernel[(units * (2 // schedule["NWG"]),)](
-                *descriptors,
-                o,
+        if slots:
+            segments.delta_rule_gluon_summary_kernel[((2 * count + 4 * slots) * heads,)](
+                *descriptors[1:5],
                 state,
-                cu_seqlens,
-                read_slots,
-                seq.write_slots,
-                has_state,
                 starts,
                 steps,
-                tokens,
-                count,
-                state.shape[0],
-                segment,
-                segment,
-                state.stride(0),
-                state.stride(1),
-                seq.write_slots.stride(0),
-                scale,
-                math.log2(scale),
-                H=k.shape[1],
-                HV=heads,
-                VS=state.stride(2),
-                KS=state.stride(3),
-                PART=part,
-                **schedule,
-            )
-
-        if not slots:
-            carry(0, count * heads)
-        else:
-            carry(1, (count + 2 * slots) * heads)
-            starts_kernels.delta_rule_gluon_starts_kernel[(count * heads * 2,)](
-                TensorDescriptor(steps, [steps.numel() // HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
-                starts,
                 cu_seqlens,
                 read_slots,
-                tokens,
-                count,
-                state.shape[0],
-                segment,
-                segment,
-                HV=heads,
-                **STARTS,
+                has_state,
+                *sizes,
+                state.stride(0),
+                state.stride(1),
+                **shape,
+                **SUMMARY,
             )
-            carry(2, slots * heads)
+            if seq.max_len > 2 * segment * CHUNK:
+                segments.delta_rule_gluon_starts_kernel[(count * heads * 2,)](
+                    TensorDescriptor(steps, [slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
+                    starts,
+                    cu_seqlens,
+                    read_slots,
+                    tokens,
+                    count,
+                    state.shape[0],
+                    segment,
+                    HV=heads,
+                    **STARTS,
+                )
+        units = (count + slots) * heads
+        schedule = SINGLE if 2 * units <= _cores(v.device) else PAIR
+        kernels.delta_rule_gluon_kernel[(units * (2 // schedule["NWG"]),)](
+            *descriptors,
+            o,
+            state,
+            cu_seqlens,
+            read_slots,
+            seq.write_slots,
+            has_state,
+            starts,
+            *sizes,
+            state.stride(0),
+            state.stride(1),
+            seq.write_slots.stride(0),
+            scale,
+            math.log2(scale),
+            CUT=slots > 0,
+            **shape,
+            **schedule,
+        )
     return o
 
 
