@@ -354,19 +354,21 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
     loads, stores = wide(kernels[0])
     print(f"{registers} registers, {stack} B stack, {kernels[0].metadata.shared} B shared, {loads} + {stores} wide")
     assert kernels[0].metadata.shared <= 4096  # so registers alone say how many programs an SM holds
-    # Verify fills the registers with a head's state; where it is not measured, a few bytes may spill (AMD: of scalars).
-    allowed = 64 if launch == "step" and phase == "verify" and target != "sm_90" else 0
-    if (target, heads, phase) in {("sm_100", "qwen", "decode"), ("sm_90", "r4", "verify")}:
-        allowed = 8  # two registers
+    # Verify fills the registers with a head's state; where it is not measured, some may spill (AMD: of scalars). Decode is
+    # held at 128 registers, four programs an SM, by a few that are spilt before the loop over the state.
+    allowed = (
+        {"decode": 16, "verify": 96 if target != "sm_90" else 8 * (heads != "qwen")}[phase] if launch == "step" else 0
+    )
     assert stack <= allowed, f"spills: {registers} registers, {stack} bytes of stack"
-    # The whole of a head's state in 16 bytes a thread. Decode writes out the code of all heads, and a copy for empty rows.
+    # The whole of a head's state in 16 bytes a thread; of decode's loop, the tiles that are in flight.
     h, hv, k, v = HEADS[heads]
     threads = TARGETS[target][0].warp_size * kernels[0].metadata.num_warps
     padded = v * (1 << (k - 1).bit_length()) * state_dtype.itemsize // 16 // threads
     if launch == "rule":
         padded = triton_step.RULE["TILE"] * state_dtype.itemsize // 16 // threads
     elif phase == "decode":
-        padded *= hv // h
+        table = triton_step.STEP[state_dtype.itemsize]
+        padded = table["AHEAD"] * table["TILE"] * state_dtype.itemsize // 16 // threads
     assert min(loads, stores) >= padded
 
 

@@ -20,21 +20,13 @@ from .gdn_gate import gate
 _VARYING = ["T", "N", "S", "P", "L", "stride_xt", "stride_zt", "stride_at", "stride_bt", "stride_wn", "stride_wl"]
 _SLICED = ["x", "z", "a", "b", "bias", "cu_seqlens", "read_slots", "write_slots", "has_state", "error"]
 
-# A program's channels are one vector: q, then k, then v of its R heads, and so are the R V elements of z and y. Fewer and
-# wider operations than one vector for each part; parts are gathered from it into the layout that the state asks for.
-
-
-@triton.jit
-def _channels(h, head, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, C_POW2: tl.constexpr):
-    """(index among all channels, whether there is one) of q_h, k_h, and v of HEADS value heads from `head` on."""
-    j = tl.arange(0, C_POW2)
-    qk = j % K + (j // K * H + h) * K
-    return tl.where(j < 2 * K, qk, 2 * H * K + head * V + j - 2 * K), j < 2 * K + HEADS * V
+# The R V elements of v, z and y are [parts, BV], one part for each tile of the state: a tile's part is picked by a comparison,
+# in a loop, where a gather would cost as much as the tile itself.
 
 
 @triton.jit
 def _load_window(conv_state, slot, c, mask, P, stride_s, stride_c, stride_p, W: tl.constexpr):
-    """The W-1 last inputs of channels c in f32, oldest first."""
+    """The W-1 last inputs of channels c, oldest first."""
     window = ()
     for j in tl.static_range(W - 1):
         column = _column(conv_state, slot, c, j, P, stride_s, stride_c, stride_p, W)
@@ -81,43 +73,66 @@ def _shift(window, new, live, W: tl.constexpr):
 
 
 @triton.jit
+def _update_channels(
+    x_at, weight, bias, conv_state, read, write, c, mask, stateful, stored, live, P, stride_s, stride_c, stride_p,
+    W: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Channels c of one token's convolution; their state goes on."""
+    window = _load_window(conv_state, read, c, mask & stateful, P, stride_s, stride_c, stride_p, W)
+    new = tl.load(x_at + c, mask=mask & live, other=0.0).to(tl.float32)
+    taps = _load_filter(weight, bias, c, mask, W)
+    tl.debug_barrier()  # in place: the program has read all of the channels' state before it writes
+    after = _shift(window, new, live, W)
+    _store_window(conv_state, write, c, mask & stored, after, P, stride_s, stride_c, stride_p, W)
+    return _convolve(window, new, taps, W, ACTIVATION)
+
+
+@triton.jit
 def _add3(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
-def _query_key(channels, k_dim, eps, K: tl.constexpr):
+def _query_key(q, k, eps):
     """(q, k, q.k) after the l2norm of both; three sums in one reduction."""
-    inside = k_dim < K
-    q = tl.where(inside, tl.gather(channels, tl.where(inside, k_dim, 0), 0), 0.0)
-    k = tl.where(inside, tl.gather(channels, tl.where(inside, k_dim + K, 0), 0), 0.0)
     qq, kk, dot = tl.reduce((q * q, k * k, q * k), 0, _add3)
     by_q, by_k = tl.rsqrt(qq + eps), tl.rsqrt(kk + eps)
     return q * by_q, k * by_k, dot * by_q * by_k
 
 
 @triton.jit
-def _value(channels, first, v, V: tl.constexpr):
-    """The V channels from `first` on, rows v of them; zero past the end."""
-    return tl.where(v < V, tl.gather(channels, tl.where(v < V, first + v, 0), 0), 0.0)
+def _pick(x, index, at):
+    """x[at], x given with the index of each element. Exact: the others add zeros."""
+    return tl.sum(tl.where(index == at, x, 0.0), axis=0)
 
 
 @triton.jit
-def _place(os, o, row, first, last):
-    """os with o in its rows `first` .. `last`."""
-    inside = (row >= first) & (row < last)
-    return tl.where(inside, tl.gather(o, tl.where(inside, row - first, 0), 0), os)
-
-
-@triton.jit
-def _gate_at(a, b, A_log, dt_bias, at, head, live, stride_at, stride_bt, ALLOW_NEG_EIGVAL: tl.constexpr):
-    """(exp(g), beta) of one head of token `at`."""
-    a_t = tl.load(a + at * stride_at + head, mask=live, other=0.0).to(tl.float32)
-    b_t = tl.load(b + at * stride_bt + head, mask=live, other=0.0).to(tl.float32)
-    g, beta = gate(
-        a_t, b_t, tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32), ALLOW_NEG_EIGVAL
-    )
+def _gate_at(a, b, A_log, dt_bias, at, head, mask, live, stride_at, stride_bt, ALLOW_NEG_EIGVAL: tl.constexpr):
+    """(exp(g), beta) of some heads of token `at`."""
+    a_t = tl.load(a + at * stride_at + head, mask=mask & live, other=0.0).to(tl.float32)
+    b_t = tl.load(b + at * stride_bt + head, mask=mask & live, other=0.0).to(tl.float32)
+    rate = tl.load(A_log + head, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(dt_bias + head, mask=mask, other=0.0).to(tl.float32)
+    g, beta = gate(a_t, b_t, rate, shift, ALLOW_NEG_EIGVAL)
     return tl.exp(g), beta
+
+
+@triton.jit
+def _load_token(
+    x, z, a, b, write_slots, t, live, c_q, c_k, c_v, in_k, in_v, head, row, n, step, L,
+    stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
+):  # fmt: skip
+    """What one value head needs of token t, the row's `step`th, as it lies in memory: q, k, v, z, a, b, slot."""
+    at = t.to(tl.int64)
+    x_at = x + at * stride_xt
+    q = tl.load(x_at + c_q, mask=in_k & live, other=0.0)
+    k = tl.load(x_at + c_k, mask=in_k & live, other=0.0)
+    v = tl.load(x_at + c_v, mask=in_v & live, other=0.0)
+    z_t = tl.load(z + at * stride_zt + head * stride_zh + row, mask=in_v & live, other=0.0)
+    a_t = tl.load(a + at * stride_at + head, mask=live, other=0.0)
+    b_t = tl.load(b + at * stride_bt + head, mask=live, other=0.0)
+    to = write_slots + n.to(tl.int64) * stride_wn + step * stride_wl
+    return q, k, v, z_t, a_t, b_t, tl.load(to, mask=live & (step < L), other=-1)
 
 
 @triton.jit
@@ -135,25 +150,26 @@ def _norm_gate(o, z, gain, head, eps, HEADS: tl.constexpr, V: tl.constexpr, GATE
 
 @triton.jit
 def _load_tile(
-    state, slot, head, j, stateful, v, k, stride_s, stride_h, STRIDE_V: tl.constexpr, STRIDE_K: tl.constexpr,
-    V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, K_POW2: tl.constexpr, EVICT: tl.constexpr,
+    state, slot, head, row, stateful, v, k, stride_s, stride_h, STRIDE_V: tl.constexpr, STRIDE_K: tl.constexpr,
+    V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, K_POW2: tl.constexpr,
 ):  # fmt: skip
-    """Rows j BV .. of one head's state, zero if the sequence starts without one."""
-    rows = j * BV + v
-    old = state_tile(state, slot, head, rows, k, stride_s, stride_h, STRIDE_V, STRIDE_K)
-    return tl.load(old, mask=tile_mask(stateful, rows, k, V, K, BV, K_POW2), other=0.0, eviction_policy=EVICT)
+    """Rows `row` + v of one head's state, zero if the sequence starts without one."""
+    first = state + tl.cast(row, tl.int64) * STRIDE_V
+    old = state_tile(first, slot, head, v, k, stride_s, stride_h, STRIDE_V, STRIDE_K)
+    return tl.load(old, mask=tile_mask(stateful, row + v, k, V, K, BV, K_POW2), other=0.0)
 
 
 @triton.jit
 def _store_tile(
-    state, slot, head, j, stored, tile, v, k, stride_s, stride_h, STRIDE_V: tl.constexpr, STRIDE_K: tl.constexpr,
-    V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, K_POW2: tl.constexpr, EVICT: tl.constexpr,
+    state, slot, head, row, stored, tile, v, k, stride_s, stride_h, STRIDE_V: tl.constexpr, STRIDE_K: tl.constexpr,
+    V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, K_POW2: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    rows = j * BV + v
-    new = state_tile(state, slot, head, rows, k, stride_s, stride_h, STRIDE_V, STRIDE_K)
-    mask = tile_mask(stored, rows, k, V, K, BV, K_POW2)
-    tl.debug_barrier()  # in place: the program has read all of the old tile before it writes
-    tl.store(new, tile.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+    first = state + tl.cast(row, tl.int64) * STRIDE_V
+    new = state_tile(first, slot, head, v, k, stride_s, stride_h, STRIDE_V, STRIDE_K)
+    mask = tile_mask(stored, row + v, k, V, K, BV, K_POW2)
+    if SHARED:
+        tl.debug_barrier()  # in place, elements in several threads: all have read before one writes
+    tl.store(new, tile.to(state.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
@@ -198,18 +214,17 @@ def gdn_step_kernel(
     STRIDE_V: tl.constexpr,
     STRIDE_K: tl.constexpr,
     W: tl.constexpr,
-    W_POW2: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     K_POW2: tl.constexpr,
-    V_POW2: tl.constexpr,
+    R_POW2: tl.constexpr,
     RV_POW2: tl.constexpr,
-    C_POW2: tl.constexpr,
+    PARTS: tl.constexpr,
     BV: tl.constexpr,
     AHEAD: tl.constexpr,
-    EVICT: tl.constexpr,
+    SHARED: tl.constexpr,
     VERIFY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALLOW_NEG_EIGVAL: tl.constexpr,
@@ -217,8 +232,9 @@ def gdn_step_kernel(
 ):
     """The state of a value head is cut into tiles of BV rows.
 
-    Decode is straight-line code over the tiles of all R heads: AHEAD of them are in flight at any time. VERIFY keeps
-    one head's tiles in registers over the tokens, and stores them after each of the first L.
+    Decode goes through the tiles of all R heads, AHEAD of them in flight; a loop, since code written out for every tile
+    is fetched more slowly than it runs. VERIFY keeps one head's tiles in registers over the tokens, and stores them
+    after each of the first L.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = R * BLOCKS
@@ -234,6 +250,10 @@ def gdn_step_kernel(
     stateful = valid & (tl.load(has_state + n) != 0)
     v = tl.arange(0, BV)
     k_dim = tl.arange(0, K_POW2)
+    in_k = k_dim < K
+    c_q = h * K + k_dim
+    c_k = H * K + c_q
+    part = tl.arange(0, PARTS)[:, None]
 
     if not VERIFY:
         write = tl.load(write_slots + n.to(tl.int64) * stride_wn)
@@ -245,117 +265,145 @@ def gdn_step_kernel(
         tiles = ()
         for m in tl.static_range(AHEAD):
             tile = _load_tile(
-                state, read, h * R + m // BLOCKS, m % BLOCKS, stateful, v, k_dim, stride_s, stride_h,
-                STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
+                state, read, h * R + m // BLOCKS, m % BLOCKS * BV, stateful, v, k_dim, stride_s, stride_h,
+                STRIDE_V, STRIDE_K, V, K, BV, K_POW2,
             )  # fmt: skip
             tiles = tiles + (tile,)
 
-        c, in_c = _channels(h, h * R, H, K, V, R, C_POW2)
-        row = tl.arange(0, RV_POW2)
-        z_at = z + at * stride_zt + (h * R + row // V) * stride_zh + row % V
-        z_t = tl.load(z_at, mask=(row < R * V) & live, other=0.0).to(tl.float32)
-        new = tl.load(x + at * stride_xt + c, mask=in_c & live, other=0.0).to(tl.float32)
-        window = _load_window(conv_state, read, c, in_c & stateful, P, stride_cs, stride_cc, stride_cp, W)
-        channels = _convolve(window, new, _load_filter(weight, bias, c, in_c, W), W, ACTIVATION)
-        tl.debug_barrier()  # in place: the program has read all of its channels' state before it writes
-        window = _shift(window, new, live, W)
-        _store_window(conv_state, write, c, in_c & stored, window, P, stride_cs, stride_cc, stride_cp, W)
-        decays, betas = (), ()
-        for i in tl.static_range(R):
-            decay, beta = _gate_at(a, b, A_log, dt_bias, at, h * R + i, live, stride_at, stride_bt, ALLOW_NEG_EIGVAL)
-            decays = decays + (decay,)
-            betas = betas + (beta,)
-        q, k, dot = _query_key(channels, k_dim, l2norm_eps, K)
+        inner = part % BLOCKS * BV + v[None, :]
+        head = part // BLOCKS
+        row = head * V + inner
+        in_v = (part < TILES) & (inner < V)
+        c_v = 2 * H * K + h * R * V + row
+        x_at = x + at * stride_xt
+        z_at = z + at * stride_zt + (h * R + head) * stride_zh + inner
+        z_t = tl.load(z_at, mask=in_v & live, other=0.0)
+        q = _update_channels(
+            x_at, weight, bias, conv_state, read, write, c_q, in_k, stateful, stored, live, P,
+            stride_cs, stride_cc, stride_cp, W, ACTIVATION,
+        )  # fmt: skip
+        k = _update_channels(
+            x_at, weight, bias, conv_state, read, write, c_k, in_k, stateful, stored, live, P,
+            stride_cs, stride_cc, stride_cp, W, ACTIVATION,
+        )  # fmt: skip
+        vs = _update_channels(
+            x_at, weight, bias, conv_state, read, write, c_v, in_v, stateful, stored, live, P,
+            stride_cs, stride_cc, stride_cp, W, ACTIVATION,
+        )  # fmt: skip
+        r = tl.arange(0, R_POW2)
+        decays, betas = _gate_at(
+            a, b, A_log, dt_bias, at, h * R + r, r < R, live, stride_at, stride_bt, ALLOW_NEG_EIGVAL
+        )
+        q, k, dot = _query_key(q, k, l2norm_eps)
 
-        os = tl.zeros([RV_POW2], tl.float32)
-        for m in tl.static_range(TILES):
-            v_t = _value(channels, 2 * K + m // BLOCKS * V, m % BLOCKS * BV + v, V)
-            o, new_tile = delta_update(
-                tiles[0].to(tl.float32), q, k, dot, v_t, decays[m // BLOCKS], betas[m // BLOCKS], scale
-            )
-            os = _place(os, o, row, m // BLOCKS * V + m % BLOCKS * BV, m // BLOCKS * V + min(m % BLOCKS * BV + BV, V))
-            _store_tile(
-                state, write, h * R + m // BLOCKS, m % BLOCKS, stored & live, new_tile, v, k_dim, stride_s, stride_h,
-                STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
-            )  # fmt: skip
-            tiles = tiles[1:]
-            if m + AHEAD < TILES:
-                tile = _load_tile(
-                    state, read, h * R + (m + AHEAD) // BLOCKS, (m + AHEAD) % BLOCKS, stateful, v, k_dim,
-                    stride_s, stride_h, STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
-                )  # fmt: skip
-                tiles = tiles + (tile,)
-        gain = tl.load(norm_weight + row % V, mask=row < R * V, other=0.0).to(tl.float32)
-        out = tl.where(live, _norm_gate(os, z_t, gain, row // V, eps, R, V, GATE), 0.0)
-        tl.store(y + (at * H + h) * (R * V) + row, out.to(y.dtype.element_ty), mask=(row < R * V) & (end > start))
+        os = tl.zeros([PARTS, BV], tl.float32)
+        for i in range(R):
+            decay, beta = _pick(decays, r, i), _pick(betas, r, i)
+            for j in range(0, BLOCKS, AHEAD):
+                after = ()
+                for ahead in tl.static_range(AHEAD):
+                    this = i * BLOCKS + j + ahead
+                    v_t = _pick(vs, part, this)
+                    o, new_tile = delta_update(tiles[ahead].to(tl.float32), q, k, dot, v_t, decay, beta, scale)
+                    os = tl.where(part == this, o[None, :], os)
+                    _store_tile(
+                        state, write, h * R + i, (j + ahead) * BV, stored & live, new_tile, v, k_dim, stride_s, stride_h,
+                        STRIDE_V, STRIDE_K, V, K, BV, K_POW2, SHARED,
+                    )  # fmt: skip
+                    if AHEAD < TILES:
+                        later = (this + AHEAD) // BLOCKS
+                        tile = _load_tile(
+                            state, read, h * R + later, (this + AHEAD) % BLOCKS * BV, stateful & (later < R), v, k_dim,
+                            stride_s, stride_h, STRIDE_V, STRIDE_K, V, K, BV, K_POW2,
+                        )  # fmt: skip
+                        after = after + (tile,)
+                if AHEAD < TILES:
+                    tiles = after
+        gain = tl.load(norm_weight + inner, mask=in_v, other=0.0).to(tl.float32)
+        out = tl.where(live, _norm_gate(os, z_t.to(tl.float32), gain, head, eps, R, V, GATE), 0.0)
+        tl.store(y + (at * H + h) * (R * V) + row, out.to(y.dtype.element_ty), mask=in_v & (end > start))
         if stored & (end == start):  # an empty row keeps its starting state
-            for j in range(TILES):
+            for this in range(TILES):
+                of, first = h * R + this // BLOCKS, this % BLOCKS * BV
                 kept = _load_tile(
-                    state, read, h * R + j // BLOCKS, j % BLOCKS, stateful, v, k_dim, stride_s, stride_h,
-                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
+                    state, read, of, first, stateful, v, k_dim, stride_s, stride_h,
+                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2,
                 )  # fmt: skip
                 _store_tile(
-                    state, write, h * R + j // BLOCKS, j % BLOCKS, stored, kept, v, k_dim, stride_s, stride_h,
-                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
+                    state, write, of, first, stored, kept, v, k_dim, stride_s, stride_h,
+                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2, SHARED,
                 )  # fmt: skip
     else:
         # One value head after the other, so that its tiles fit into registers. Each convolves q and k again; the last
         # one stores their state, which until then the others read.
-        row = tl.arange(0, V_POW2)
-        gain = tl.load(norm_weight + row, mask=row < V, other=0.0).to(tl.float32)
+        row = part * BV + v[None, :]
+        in_v = row < V
+        gain = tl.load(norm_weight + row, mask=in_v, other=0.0).to(tl.float32)
         for i in range(R):
             head = h * R + i
             tiles = ()
             for j in tl.static_range(BLOCKS):
                 tile = _load_tile(
-                    state, read, head, j, stateful, v, k_dim, stride_s, stride_h,
-                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
+                    state, read, head, j * BV, stateful, v, k_dim, stride_s, stride_h,
+                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2,
                 )  # fmt: skip
                 tiles = tiles + (tile.to(tl.float32),)
-            c, in_c = _channels(h, head, H, K, V, 1, C_POW2)
-            window = _load_window(conv_state, read, c, in_c & stateful, P, stride_cs, stride_cc, stride_cp, W)
-            own = in_c & ((c >= 2 * H * K) | (i == R - 1))
+            c_v = 2 * H * K + head * V + row
+            window_q = _load_window(conv_state, read, c_q, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
+            window_k = _load_window(conv_state, read, c_k, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
+            window_v = _load_window(conv_state, read, c_v, in_v & stateful, P, stride_cs, stride_cc, stride_cp, W)
+            # The next token's inputs are on their way while a token is worked on.
+            ahead = _load_token(
+                x, z, a, b, write_slots, start, valid & (start < stop), c_q, c_k, c_v, in_k, in_v, head, row, n, 0, L,
+                stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
+            )  # fmt: skip
+            tl.debug_barrier()  # in place: the program has read all of its channels' state before it writes
             t = start
             while t < stop:
                 at = t.to(tl.int64)
-                new = tl.load(x + at * stride_xt + c, mask=in_c & valid, other=0.0).to(tl.float32)
-                z_at = z + at * stride_zt + head * stride_zh + row
-                z_t = tl.load(z_at, mask=(row < V) & valid, other=0.0).to(tl.float32)
-                to = write_slots + n.to(tl.int64) * stride_wn + (t - start).to(tl.int64) * stride_wl
-                write = tl.load(to, mask=valid & (t - start < L), other=-1)
+                new_q, new_k, new_v, z_t, a_t, b_t, write = ahead
+                new_q, new_k, new_v = new_q.to(tl.float32), new_k.to(tl.float32), new_v.to(tl.float32)
+                ahead = _load_token(
+                    x, z, a, b, write_slots, t + 1, valid & (t + 1 < stop), c_q, c_k, c_v, in_k, in_v, head, row, n,
+                    t + 1 - start, L, stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
+                )  # fmt: skip
                 stored = (write >= 0) & (write < S)
-                decay, beta = _gate_at(a, b, A_log, dt_bias, at, head, valid, stride_at, stride_bt, ALLOW_NEG_EIGVAL)
-                # Read again for each token: that costs less than registers to keep them would.
-                channels = _convolve(window, new, _load_filter(weight, bias, c, in_c, W), W, ACTIVATION)
-                window = window[1:] + (new,)
-                q, k, dot = _query_key(channels, k_dim, l2norm_eps, K)
-
-                tl.debug_barrier()  # in place: the program has read all of its channels' state before it writes
-                _store_window(conv_state, write, c, own & stored, window, P, stride_cs, stride_cc, stride_cp, W)
-                os = tl.zeros([V_POW2], tl.float32)
+                rate, shift = tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
+                g, beta = gate(a_t.to(tl.float32), b_t.to(tl.float32), rate, shift, ALLOW_NEG_EIGVAL)
+                decay = tl.exp(g)
+                # The filter is read again for each token: that costs less than registers to keep it would.
+                q = _convolve(window_q, new_q, _load_filter(weight, bias, c_q, in_k, W), W, ACTIVATION)
+                k = _convolve(window_k, new_k, _load_filter(weight, bias, c_k, in_k, W), W, ACTIVATION)
+                vs = _convolve(window_v, new_v, _load_filter(weight, bias, c_v, in_v, W), W, ACTIVATION)
+                window_q, window_k, window_v = window_q[1:] + (new_q,), window_k[1:] + (new_k,), window_v[1:] + (new_v,)
+                q, k, dot = _query_key(q, k, l2norm_eps)
+                own = in_k & stored & (i == R - 1)
+                _store_window(conv_state, write, c_q, own, window_q, P, stride_cs, stride_cc, stride_cp, W)
+                _store_window(conv_state, write, c_k, own, window_k, P, stride_cs, stride_cc, stride_cp, W)
+                _store_window(conv_state, write, c_v, in_v & stored, window_v, P, stride_cs, stride_cc, stride_cp, W)
+                os = tl.zeros([PARTS, BV], tl.float32)
                 after = ()
                 for j in tl.static_range(BLOCKS):
-                    v_t = _value(channels, 2 * K, j * BV + v, V)
-                    o, new_tile = delta_update(tiles[j], q, k, dot, v_t, decay, beta, scale)
-                    os = _place(os, o, row, j * BV, min(j * BV + BV, V))
+                    o, new_tile = delta_update(tiles[j], q, k, dot, _pick(vs, part, j), decay, beta, scale)
+                    os = tl.where(part == j, o[None, :], os)
                     _store_tile(
-                        state, write, head, j, stored, new_tile, v, k_dim, stride_s, stride_h,
-                        STRIDE_V, STRIDE_K, V, K, BV, K_POW2, EVICT,
+                        state, write, head, j * BV, stored, new_tile, v, k_dim, stride_s, stride_h,
+                        STRIDE_V, STRIDE_K, V, K, BV, K_POW2, SHARED,
                     )  # fmt: skip
                     after = after + (new_tile,)
                 tiles = after
-                out = tl.where(valid, _norm_gate(os, z_t, gain, row // V, eps, 1, V, GATE), 0.0)
-                tl.store(y + (at * (H * R) + head) * V + row, out.to(y.dtype.element_ty), mask=row < V)
+                out = tl.where(valid, _norm_gate(os, z_t.to(tl.float32), gain, row // V, eps, 1, V, GATE), 0.0)
+                tl.store(y + (at * (H * R) + head) * V + row, out.to(y.dtype.element_ty), mask=in_v)
                 t += 1
 
     report_slots(read, write_slots, error, n, tl.where(h == 0, 0, L), L, S, stride_wn, stride_wl)
     # Tokens past the last sequence belong to nobody, nor do (unless cu_seqlens is malformed) those before the first
     # and a decode row's second. Whoever is next to them clears them.
-    part = tl.arange(0, RV_POW2)
+    all_v = tl.arange(0, RV_POW2)
     zero = tl.zeros([RV_POW2], y.dtype.element_ty)
     t = tl.where(n == 0, 0, stop)
     after_end = tl.where(n == N - 1, T, end)
     while t < after_end:
         if (t < start) | (t >= stop):
-            tl.store(y + (t.to(tl.int64) * H + h) * (R * V) + part, zero, mask=part < R * V)
+            tl.store(y + (t.to(tl.int64) * H + h) * (R * V) + all_v, zero, mask=all_v < R * V)
         t += 1

@@ -4,6 +4,7 @@ sync, no tuning at run time, and nothing is compiled again when only the batch c
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
     from gdnir.seq import Seq
 
 # TILE: elements of the state in a tile of BV rows. AHEAD: tiles of a program in flight (decode). One choice for each
-# type of state whatever the batch: the order of sums follows from it, and with it a row's bits.
+# type of state whatever the batch: the order of sums follows from it, and with it a row's bits. No eviction hints: the
+# code that makes them costs more than they give.
 STEP: dict[int, dict[str, Any]] = {  # by bytes of an element of the state
-    4: {"TILE": 4096, "AHEAD": 2, "EVICT": "evict_first", "num_warps": 4},
-    2: {"TILE": 4096, "AHEAD": 2, "EVICT": "evict_first", "num_warps": 4},
+    4: {"TILE": 4096, "AHEAD": 2, "num_warps": 4},
+    2: {"TILE": 4096, "AHEAD": 2, "num_warps": 4},
 }
 VERIFY: dict[int, dict[str, Any]] = {
-    4: {"TILE": 4096, "EVICT": "evict_first", "num_warps": 4},
-    2: {"TILE": 4096, "EVICT": "evict_first", "num_warps": 4},
+    4: {"TILE": 4096, "num_warps": 4},
+    2: {"TILE": 16384, "num_warps": 4},  # a whole head of 128 x 128: no parts of v and o to pick
 }
 VERIFY_ELEMENTS = 128
 """Of the state in one thread: about half of its registers."""
@@ -32,7 +34,7 @@ _GATE = {"BLOCK": 512, "num_warps": 4}
 
 
 def tiles(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> int:
-    """Tiles of the state that one program of `gdn_step` goes through; its code is written out for each."""
+    """Tiles of the state that one program of `gdn_step` goes through; of verify, its code is written out for each of a head."""
     rows = [c["TILE"] // _next_power_of_2(key_dim) for t in (STEP, VERIFY) for c in t.values()]
     return value_heads // key_heads * _cdiv(value_dim, min(*rows, _next_power_of_2(value_dim)))
 
@@ -76,10 +78,11 @@ def gdn_step(
 
     verify = seq.phase == "verify"
     blocks = dict((VERIFY if verify else STEP)[state.element_size()])
+    k_pow2, parts = _next_power_of_2(k), 1 if verify else hv // h
     block_v = _block_v(blocks.pop("TILE"), k, v)
     count = _cdiv(v, block_v)
     if verify:  # a head's whole state stays in registers
-        elements = _next_power_of_2(count * block_v * _next_power_of_2(k))
+        elements = _next_power_of_2(count * block_v * k_pow2)
         blocks["num_warps"] = max(blocks["num_warps"], elements // (32 * VERIFY_ELEMENTS))
     x, z, a, b = _unit_last(qkv), _unit_last(z), _unit_last(a), _unit_last(b)
     c_dim, p_dim = (1, 2) if conv_layout == "cw" else (2, 1)
@@ -123,17 +126,17 @@ def gdn_step(
             STRIDE_V=state.stride(v_dim),
             STRIDE_K=state.stride(k_dim),
             W=width,
-            W_POW2=_next_power_of_2(width),
             H=h,
             R=hv // h,
             K=k,
             V=v,
-            K_POW2=_next_power_of_2(k),
-            V_POW2=_next_power_of_2(v),
+            K_POW2=k_pow2,
+            R_POW2=_next_power_of_2(hv // h),
             RV_POW2=_next_power_of_2(hv // h * v),
-            C_POW2=_next_power_of_2(2 * k + (1 if verify else hv // h) * v),
+            PARTS=_next_power_of_2(parts * count),
             BV=block_v,
-            AHEAD=0 if verify else min(blocks.pop("AHEAD"), hv // h * count),
+            AHEAD=0 if verify else math.gcd(blocks.pop("AHEAD"), count),
+            SHARED=block_v * k_pow2 < 64 * blocks["num_warps"],
             VERIFY=verify,
             ACTIVATION=activation,
             ALLOW_NEG_EIGVAL=allow_neg_eigval,
