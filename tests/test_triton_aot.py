@@ -371,10 +371,11 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
 
 
 def wide(kernel, least=16):
-    """(vector loads, vector stores) in the code: at least 16 or 8 bytes, on AMD 8 (its warps are twice as wide)."""
+    """(vector loads, vector stores) in the code: at least 16 or 8 bytes, on AMD half (its warps are twice as wide)."""
     form = "ptx" if "ptx" in kernel.asm else "amdgcn"
     forms = r"v4\.b32|v2\.b64|b128" + (r"|v2\.b32|b64" if least == 8 else "")
-    size = {"ptx": rf"global\S*\.({forms})\b", "amdgcn": r"(global|buffer)_%s_dwordx[24]\b"}[form]
+    pairs = "(x[24])?" if least == 8 else "x[24]"
+    size = {"ptx": rf"global\S*\.({forms})\b", "amdgcn": rf"(global|buffer)_%s_dword{pairs}\b"}[form]
     names = {"ptx": ("ld", "st"), "amdgcn": ("load", "store")}[form]
     patterns = [size % name if form == "amdgcn" else rf"\b{name}\.{size}" for name in names]
     return tuple(len(re.findall(pattern, kernel.asm[form])) for pattern in patterns)
