@@ -40,7 +40,7 @@ TARGETS = {  # target, shared memory of a block in KB
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
 KERNELS = {
-    conv_kernels: ("conv_prefill_kernel", "conv_prefill_state_kernel", "conv_update_kernel"),
+    conv_kernels: ("conv_prefill_kernel", "conv_update_kernel"),
     norm_kernels: ("gated_rmsnorm_kernel",),
     prep_kernels: ("conv_prep_kernel",),
     step_kernels: ("gdn_step_kernel",),
@@ -256,7 +256,7 @@ def resources(kernel, folder):
 def test_compiles_within_limits(compile_for, tmp_path, target, launch, dtype):
     kernels = compile_for(target)
     LAUNCHES[launch](dtype)
-    assert len(kernels) == (2 if launch.startswith("prefill") else 1)
+    assert len(kernels) == 1
     for kernel in kernels:
         registers, stack = resources(kernel, tmp_path)
         shared = kernel.metadata.shared
@@ -372,10 +372,12 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
     assert min(loads, stores) >= padded
 
 
-def wide(kernel):
-    """(vector loads, vector stores) in the code: 16 bytes, on AMD 8 or 16 (its warps are twice as wide)."""
+def wide(kernel, least=16):
+    """(vector loads, vector stores) in the code: at least 16 or 8 bytes, on AMD half (its warps are twice as wide)."""
     form = "ptx" if "ptx" in kernel.asm else "amdgcn"
-    size = {"ptx": r"global\S*\.(v4\.b32|v2\.b64|b128)\b", "amdgcn": r"(global|buffer)_%s_dwordx[24]\b"}[form]
+    forms = r"v4\.b32|v2\.b64|b128" + (r"|v2\.b32|b64" if least == 8 else "")
+    pairs = "(x[24])?" if least == 8 else "x[24]"
+    size = {"ptx": rf"global\S*\.({forms})\b", "amdgcn": rf"(global|buffer)_%s_dword{pairs}\b"}[form]
     names = {"ptx": ("ld", "st"), "amdgcn": ("load", "store")}[form]
     patterns = [size % name if form == "amdgcn" else rf"\b{name}\.{size}" for name in names]
     return tuple(len(re.findall(pattern, kernel.asm[form])) for pattern in patterns)
@@ -386,9 +388,9 @@ def test_memory_is_accessed_in_vectors(compile_for, target):
     kernels = compile_for(target)
     launch_conv("prefill", torch.bfloat16)
     # Every row of a step, of its halo and of the next step is one load, every output row one store.
-    loads, stores = wide(kernels[0])
-    assert loads >= 8 + 3 + 8
-    assert stores >= 8
+    loads, stores = wide(kernels[0], 8)
+    assert loads >= 16 + 3 + 16
+    assert stores >= 16
     kernels.clear()
     launch_conv("decode", torch.bfloat16, layout="wc")
     loads, stores = wide(kernels[0])
@@ -398,7 +400,7 @@ def test_memory_is_accessed_in_vectors(compile_for, target):
         kernels.clear()
         launch_norm(torch.bfloat16, width=width)
         loads, stores = wide(kernels[0])
-        per_thread = 2048 // (4 * TARGETS[target][0].warp_size * 8)
+        per_thread = max(1, 4096 // (16 * TARGETS[target][0].warp_size * 8))
         assert loads >= 2 * per_thread, width  # o and z
         assert stores >= per_thread, width
 
@@ -414,11 +416,11 @@ def test_no_recompilation_when_only_the_batch_changes(compile_for):
             kernels.clear()
             for batch in batches:
                 launch_conv(phase, torch.bfloat16, layout=layout, channels=1024, **batch)
-            assert len({id(kernel) for kernel in kernels}) == (2 if phase == "prefill" else 1), (phase, layout)
+            assert len({id(kernel) for kernel in kernels}) == 1, (phase, layout)
     kernels.clear()
     for tokens, rows, slots in ((48, 2, 4), (1, 1, 1), (16, 16, 16), (640, 1, 32)):
         launch_prep(torch.bfloat16, heads="r4", tokens=tokens, rows=rows, slots=slots)
-    assert len({id(kernel) for kernel in kernels}) == 2
+    assert len({id(kernel) for kernel in kernels}) == 1
     for options in ({}, {"segment": 1}):
         kernels.clear()
         for tokens, rows, slots in ((640, 1, 1), (962, 1, 16), (336, 1, 3), (4096, 8, 32)):

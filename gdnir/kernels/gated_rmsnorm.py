@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .sigmoid import sigmoid, silu
+
 
 # The row count changes with every batch: specialising on it (== 1, divisible by 16) would recompile mid-serving.
 @triton.jit(do_not_specialize=["rows"])
@@ -36,8 +38,9 @@ def gated_rmsnorm_kernel(
     w_tile = tl.load(weight + v, mask=v < V, other=0.0).to(tl.float32)
 
     mean = tl.sum(o_tile * o_tile, axis=1)[:, None] / V
-    gate = tl.sigmoid(z_tile)
     if ACTIVATION == "silu":
-        gate = z_tile * gate
+        gate = silu(z_tile)
+    else:
+        gate = sigmoid(z_tile)
     out = o_tile * tl.rsqrt(mean + eps) * w_tile * gate
     tl.store(y + row * V + v, out.to(y.dtype.element_ty), mask=inside)

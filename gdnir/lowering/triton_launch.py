@@ -15,15 +15,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gdnir.seq import Seq
 
-# The prefill kernels hold STEP rows, and the next STEP, in registers, BYTES of each per thread.
-_CONV: dict[str, Any] = {"BYTES": 16, "BT": 64, "STEP": 8, "num_warps": 2}
-_PREP: dict[str, Any] = {"BYTES": 8, "BT": 64, "STEP": 4}  # as many warps as the widest head takes, up to 4
+# The prefill kernels hold STEP rows, and the next STEP, in registers, BYTES of each per thread: 8 bytes leave room for 16
+# warps on an SM of Hopper, 16 bytes for 8. 64 tokens by 128 channels a warp are then 3.9 waves at 8192 tokens and 8192
+# channels; what the last wave leaves empty costs up to 10 %.
+_CONV: dict[str, Any] = {"BYTES": 8, "BT": 64, "STEP": 16, "num_warps": 2}
+_PREP: dict[str, Any] = {"BYTES": 8, "BT": 64, "STEP": 8}  # as many warps as the widest head takes, up to 4
 _GATES = 512  # elements of g and of beta per program
-_PREFILL_STATE = {"BC": 256, "num_warps": 4}
 # In a `cw` state neighbouring channels are P elements apart: one or two channels a thread keep a warp inside few lines.
 _UPDATE = {"cw": {"BC": 256, "num_warps": 4}, "wc": {"BC": 512, "num_warps": 2}}
-# Elements of o per program of gated_rmsnorm: 16 rows at V = 128, two 16-byte reads of o and of z per thread.
-_NORM_ELEMENTS = 2048
+# Elements of o per program of gated_rmsnorm: 32 rows at V = 128, one 16-byte read of o and of z per thread.
+_NORM = {"ELEMENTS": 4096, "num_warps": 16}
 
 
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
@@ -40,7 +41,7 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
     o, z, weight = _unit_last(o), _unit_last(z), weight.contiguous()
     tokens, heads, width = o.shape
     padded = _next_power_of_2(width)
-    rows_per_program = max(1, _NORM_ELEMENTS // padded)
+    rows_per_program = max(1, _NORM["ELEMENTS"] // padded)
     rows = tokens * heads
     with _on(o.device):
         kernels.gated_rmsnorm_kernel[(_cdiv(rows, rows_per_program),)](
@@ -59,7 +60,7 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
             V_POW2=padded,
             ROWS=rows_per_program,
             ACTIVATION=activation,
-            num_warps=4,
+            num_warps=_NORM["num_warps"],
         )
     return y
 
@@ -96,6 +97,7 @@ def causal_conv1d(
         "weight": weight,
         "bias": bias,
         "y": y,
+        "W_POW2": _next_power_of_2(width),
         "ACTIVATION": activation,
     }
     with _on(qkv.device):
@@ -105,18 +107,15 @@ def causal_conv1d(
                 **state,
                 **output,
                 **_writes(seq),
-                W_POW2=_next_power_of_2(width),
                 L=seq.write_slots.shape[1],
                 stride_wl=seq.write_slots.stride(1),
                 VERIFY=seq.phase == "verify",
                 **blocks,
             )
             return y
-        if tokens:
-            blocks = _prefill_blocks(_CONV, qkv)
-            grid = (_cdiv(tokens, blocks["BT"]) * _cdiv(channels, blocks["BC"]),)
-            kernels.conv_prefill_kernel[grid](**state, **output, **blocks)
-        _store_last_inputs(state, seq, channels)
+        blocks = _prefill_blocks(_CONV, qkv)
+        grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * _cdiv(channels, blocks["BC"]),)
+        kernels.conv_prefill_kernel[grid](**state, **output, **_writes(seq), **blocks)
     return y
 
 
@@ -163,35 +162,35 @@ def conv_prep(
     blocks = _prefill_blocks({**_PREP, "num_warps": min(max(warps, 1), 4)}, qkv)
     each = 2 * _cdiv(h, max(1, blocks["BC"] // k_pow2)) + _cdiv(hv, max(1, blocks["BC"] // v_pow2))
     with _on(qkv.device):
-        if tokens:
-            grid = (_cdiv(tokens, blocks["BT"]) * each + _cdiv(tokens * hv, _GATES),)
-            kernels.conv_prep_kernel[grid](
-                **state,
-                a=a,
-                b=b,
-                weight=weight,
-                bias=None if bias is None else bias.contiguous(),
-                A_log=A_log.contiguous(),
-                dt_bias=dt_bias.contiguous(),
-                qk=qk,
-                v=value,
-                g=g,
-                beta=beta,
-                stride_at=_row_stride(a),
-                stride_bt=_row_stride(b),
-                eps=eps,
-                H=h,
-                HV=hv,
-                K=k,
-                V=v,
-                K_POW2=k_pow2,
-                V_POW2=v_pow2,
-                BG=_GATES,
-                ACTIVATION=activation,
-                ALLOW_NEG_EIGVAL=allow_neg_eigval,
-                **blocks,
-            )
-        _store_last_inputs(state, seq, qkv.shape[1])
+        grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * each + _cdiv(tokens * hv, _GATES),)
+        kernels.conv_prep_kernel[grid](
+            **state,
+            **_writes(seq),
+            a=a,
+            b=b,
+            weight=weight,
+            bias=None if bias is None else bias.contiguous(),
+            A_log=A_log.contiguous(),
+            dt_bias=dt_bias.contiguous(),
+            qk=qk,
+            v=value,
+            g=g,
+            beta=beta,
+            stride_at=_row_stride(a),
+            stride_bt=_row_stride(b),
+            eps=eps,
+            H=h,
+            HV=hv,
+            K=k,
+            V=v,
+            K_POW2=k_pow2,
+            V_POW2=v_pow2,
+            BG=_GATES,
+            W_POW2=_next_power_of_2(weight.shape[1]),
+            ACTIVATION=activation,
+            ALLOW_NEG_EIGVAL=allow_neg_eigval,
+            **blocks,
+        )
     return qk[0], qk[1], value, g, beta
 
 
@@ -224,14 +223,6 @@ def _prefill_blocks(table: dict[str, Any], x: Tensor) -> dict[str, Any]:
     """The table with BC, the channels of a program, in place of BYTES."""
     channels = table["num_warps"] * 32 * table["BYTES"] // x.element_size()
     return {**{key: value for key, value in table.items() if key != "BYTES"}, "BC": channels}
-
-
-def _store_last_inputs(state: dict[str, Any], seq: Seq, channels: int) -> None:
-    """After the outputs, which read the old states, on the same stream."""
-    from gdnir.kernels import causal_conv1d as kernels
-
-    grid = (seq.num_seqs * _cdiv(channels, _PREFILL_STATE["BC"]),)
-    kernels.conv_prefill_state_kernel[grid](**{**state, "C": channels}, **_writes(seq), **_PREFILL_STATE)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
