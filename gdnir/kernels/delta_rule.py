@@ -386,7 +386,7 @@ def delta_rule_kernel(
             _store_state(tile, steps, number, h, rows, kk, in_step[:, None] & in_k, HV * K * K, K * K, K, 1)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "SEGMENT", "CUT"], do_not_specialize_on_alignment=_SLICED)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_starts_kernel(
     starts,
     steps,
@@ -395,14 +395,14 @@ def delta_rule_starts_kernel(
     T,
     N,
     S,
-    SEGMENT,
-    CUT,
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     STAGES: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BV rows of one cut sequence and head: S' = S M + H from segment to segment, in f32; starts holds H, then S'."""
