@@ -61,7 +61,9 @@ class Plan:
         self._tensors = [v for v in self.graph.inputs if isinstance(v.type, TensorType)]
         self._states = [v for v in self.graph.inputs if isinstance(v.type, StateType)]
         self._seqs = [v for v in self.graph.inputs if isinstance(v.type, SeqType)]
-        lowerings = [(n, find(n.op, n.provider or "")) for n in self.graph.nodes if not n.folded]
+        lowerings = [
+            (n, find(n.op, n.provider or "").chosen(batch_invariant)) for n in self.graph.nodes if not n.folded
+        ]
         self.batch_invariant = batch_invariant
         self._by_row = batch_invariant and not all(low.batch_invariant for _, low in lowerings)
         self._where = f"plan @{self.graph.name}"

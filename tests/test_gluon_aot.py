@@ -19,10 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton_cases_gluon as cases  # noqa: E402
 from test_triton_aot import TARGETS, Compiling, StubDriver, resources  # noqa: E402
 
-from gdnir.kernels import delta_rule_gluon as kernels  # noqa: E402
+from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments  # noqa: E402
 
-PREP, RULE = "delta_rule_gluon_prep_kernel", "delta_rule_gluon_kernel"
-ORIGINALS = {name: getattr(kernels, name) for name in (PREP, RULE)}
+KERNELS = {
+    "prep": (delta_rule_gluon_prep, "delta_rule_gluon_prep_kernel"),
+    "summary": (delta_rule_gluon_segments, "delta_rule_gluon_summary_kernel"),
+    "starts": (delta_rule_gluon_segments, "delta_rule_gluon_starts_kernel"),
+    "rule": (delta_rule_gluon, "delta_rule_gluon_kernel"),
+}
+ORIGINALS = {name: getattr(*where) for name, where in KERNELS.items()}
+NAMES = {kernel: name for name, (_, kernel) in KERNELS.items()}
 
 
 @pytest.fixture
@@ -31,8 +37,8 @@ def compiled(monkeypatch):
     active = triton.runtime.driver._active  # None on a machine with no GPU
     triton.runtime.driver.set_active(StubDriver(TARGETS["sm_90"][0], 190))
     found = []
-    for name, kernel in ORIGINALS.items():
-        monkeypatch.setattr(kernels, name, Compiling(kernel, found))
+    for name, (module, kernel) in KERNELS.items():
+        monkeypatch.setattr(module, kernel, Compiling(ORIGINALS[name], found))
     yield found
     triton.runtime.driver._active = active
 
@@ -43,46 +49,49 @@ def launch(case):
     cases.run(case, seq, inputs, torch.empty(case.slots, case.heads[1], 128, 128, dtype=case.state_dtype))
 
 
-# (registers, bytes of stack at most): without maxnreg as given a program's warps would not fit.
-LIMITS = {"single": (168, 8), "pair": (128, 64)}
+# (registers, bytes of stack) at most. With more registers than maxnreg a program's warps would not fit.
+LIMITS = {
+    "prep": (144, 0),
+    "summary": (128, 0),
+    "starts": (224, 0),
+    "single": (168, 8),
+    "pair": (128, 64),
+}
 
 
+@pytest.mark.parametrize("segment", [0, 1])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("schedule", cases.SCHEDULES)
-def test_rule_compiles_within_limits(compiled, tmp_path, monkeypatch, schedule, state):
+def test_compiles_within_limits(compiled, tmp_path, monkeypatch, schedule, state, segment):
     cases.only(schedule, monkeypatch)
-    launch(cases.Case("", cases.cont(70, 3), heads=(2, 4), state_dtype=state))
-    prep, rule = compiled
-    registers, stack = resources(rule, tmp_path)
-    print(schedule, f"{registers} registers, {stack} B stack, {rule.metadata.shared} B shared")
-    assert registers == LIMITS[schedule][0]
-    assert stack <= LIMITS[schedule][1]
-    assert rule.metadata.shared <= TARGETS["sm_90"][1] * 1024
-    assert rule.asm["ptx"].count("wgmma.mma_async") >= 64
-    # ptxas warns (C7510 to C7519) where it has to wait for each wgmma, which halves the speed.
+    launch(cases.Case("", cases.cont(230, 3), heads=(2, 4), state_dtype=state, segment=segment))
+    assert [NAMES[kernel.metadata.name] for kernel in compiled] == (list(KERNELS) if segment else ["prep", "rule"])
+    for kernel in compiled:
+        name = NAMES[kernel.metadata.name]
+        registers, stack = resources(kernel, tmp_path)
+        print(f"{name}: {registers} registers, {stack} B stack, {kernel.metadata.shared} B shared")
+        assert (registers, stack) <= LIMITS[schedule if name == "rule" else name]
+        assert stack <= LIMITS[schedule if name == "rule" else name][1]
+        assert kernel.metadata.shared <= TARGETS["sm_90"][1] * 1024
+        if name != "prep":
+            assert "wgmma.mma_async" in kernel.asm["ptx"]
+        assert "C75" not in ptxas_says(kernel, tmp_path)
+
+
+def ptxas_says(kernel, tmp_path):
+    """What ptxas prints: C7510 to C7519 where it has to wait for each wgmma, which halves the speed."""
     source = tmp_path / "kernel.ptx"
-    source.write_text(rule.asm["ptx"])
+    source.write_text(kernel.asm["ptx"])
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    said = subprocess.run(
-        [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", tmp_path / "kernel.cubin"], capture_output=True, text=True
-    )
-    assert said.returncode == 0
-    assert "C75" not in said.stdout + said.stderr
-    assert "serializ" not in said.stdout + said.stderr
-
-    registers, stack = resources(prep, tmp_path)
-    print("prep", f"{registers} registers, {stack} B stack, {prep.metadata.shared} B shared")
-    assert stack <= PREP_STACK
-
-
-PREP_STACK = 128
+    command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", tmp_path / "kernel.cubin"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
 def test_no_recompilation_when_only_the_batch_changes(compiled, monkeypatch):
     cases.only("pair", monkeypatch)
-    for lengths, slots in (((70, 3), 4), ((1,), 1), ((16,) * 16, 16), ((64,), 32), ((21, 0, 4), 5)):
-        launch(cases.Case("", cases.cont(*lengths), heads=(1, 2), slots=slots))
-    assert len({id(kernel) for kernel in compiled}) == 2
+    for lengths, slots in (((200, 3), 4), ((300,), 1), ((16,) * 14 + (130, 129), 16), ((192,), 32), ((321, 0, 4), 5)):
+        launch(cases.Case("", cases.cont(*lengths), heads=(1, 2), slots=slots, segment=1))
+    assert len({id(kernel) for kernel in compiled}) == len(KERNELS)
 
 
 def test_importing_the_lowering_imports_no_triton():

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton_cases_gluon as cases
 from gluon_on_cpu import gluon_on_cpu
 
+
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 def test_rule(case, monkeypatch):
     # Every other case in each schedule: a CPU is slow.

@@ -76,7 +76,7 @@ def _summary_chain(h0_ptr, stateful, copy_ptr, start_ptr, step_ptr, kind, active
     _barrier()
     s = 0
     ph = 0
-    for c in range(nch):
+    for _ in range(nch):
         g = sG.index(s)
         mbarrier.wait(full.index(s), ph)
         v = gl.where(step, 0.0, sV.index(s).permute((1, 0)).load(L).to(gl.float32))

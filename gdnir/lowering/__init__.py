@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from gdnir.errors import RegistryError
@@ -32,7 +32,8 @@ class Lowering:
 
     `available(platform)` and `accepts(operand types, attributes)` answer None, or a sentence that says why not.
     `prepare(seq)` computes, once per batch and shared by all layers, what `run` then gets as `prepared`.
-    `batch_invariant` promises that a sequence's bits never depend on its neighbours in the batch.
+    `batch_invariant` promises that a sequence's bits never depend on its neighbours in the batch: of `run`, or if it is a
+    function, of that one, which plans that ask for it call instead.
     """
 
     op: str
@@ -41,8 +42,14 @@ class Lowering:
     available: Available | None
     accepts: Accepts | None
     prepare: Callable[[Any], Any] | None
-    batch_invariant: bool
+    batch_invariant: bool | Callable[..., Any]
     origin: str
+
+    def chosen(self, batch_invariant: bool) -> Lowering:
+        """This lowering as a plan calls it."""
+        if batch_invariant and callable(self.batch_invariant):
+            return replace(self, run=self.batch_invariant)
+        return self
 
 
 LOWERINGS: dict[str, dict[str, Lowering]] = {}
@@ -56,7 +63,7 @@ def lowers(
     available: Available | None = None,
     accepts: Accepts | None = None,
     prepare: Callable[[Any], Any] | None = None,
-    batch_invariant: bool = False,
+    batch_invariant: bool | Callable[..., Any] = False,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as `provider`'s lowering of `op`.
 
@@ -72,6 +79,8 @@ def lowers(
         target = OPS[name]
         where = f"lowering `{provider}` of `{name}`"
         _check_parameters(where, target, function, ("prepared",) if prepare else ())
+        if callable(batch_invariant):
+            _check_parameters(f"{where}, batch_invariant", target, batch_invariant, ("prepared",) if prepare else ())
         if accepts is not None:
             _check_parameters(f"{where}, accepts", target, accepts, ())
         if provider == NATIVE and function.__module__.partition(".")[0] != target.origin.partition(".")[0]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from gdnir import ops
 from gdnir.ir import StateType
 from gdnir.lowering import lowers
-from gdnir.lowering.gluon_rule import HEAD, delta_rule_prefill
+from gdnir.lowering.gluon_rule import HEAD, delta_rule_prefill, segment_of_heads
 from gdnir.platforms import Platform
 from gdnir.seq import Seq
+
 
 def on_hopper(platform: Platform) -> str | None:
     """None on NVIDIA sm_90 (wgmma and TMA as Hopper has them), with a Triton that has Gluon."""
@@ -54,8 +55,22 @@ def _fits(
     return None
 
 
-# The bits of both schedules are not proven equal, and a batch's size chooses between them.
-@lowers(ops.gated_delta_rule, "gluon", available=on_hopper, accepts=_fits, batch_invariant=False)
+def _by_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    seq: Seq,
+    *,
+    scale: float,
+    state_layout: str,
+) -> Tensor:
+    return delta_rule_prefill(q, k, v, g, beta, state, seq, scale=scale, segment=segment_of_heads(v))
+
+
+@lowers(ops.gated_delta_rule, "gluon", available=on_hopper, accepts=_fits, batch_invariant=_by_heads)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -80,7 +80,9 @@ def delta_rule_prefill(
     gates = torch.empty((numbers * heads * 4 * CHUNK,), dtype=torch.float32, device=v.device)
     cu_seqlens, read_slots = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)
     if segment is None:
-        segment = _segment(count, heads, -(-seq.max_len // CHUNK), _cores(v.device))
+        # as many rows of the longest one's length as there are tokens for
+        rows = min(count, -(-tokens // max(seq.max_len, 1)))
+        segment = _segment(rows, heads, -(-seq.max_len // CHUNK), _cores(v.device))
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
     starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
     steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
@@ -183,31 +185,39 @@ def _shared_heads(tiles: int, group: int, cores: int) -> int:
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))
 
 
-# Microseconds of a chunk, measured: of a program with its output and of one that only follows the state, by schedule.
-CHUNK_US = {"single": (1.17, 0.85), "pair": (1.9, 1.25)}
-# Of two more launches, and of one step from segment to segment.
-LAUNCH_US, STEP_US = 8.0, 2.0
+# Microseconds of a chunk, measured. FOLLOW: of 64 rows of a state without outputs, one or two programs on a core. OUTPUT: of
+# a program of SINGLE, of PAIR, and of PAIR on every core.
+FOLLOW_US = 0.87, 1.3
+OUTPUT_US = 1.17, 1.8, 2.0
+# Of the launches for segments; of the one that finds their starts, and of its step from one to the next.
+LAUNCH_US, STARTS_US, STEP_US = 4.0, 2.0, 2.2
+
+
+def segment_of_heads(v: Tensor) -> int:
+    """Chunks of a segment for a batch whose rows must not know of each other: as for one row of 8192 tokens."""
+    return _segment(1, v.shape[1], 128, _cores(v.device))
 
 
 @functools.lru_cache(maxsize=1024)
 def _segment(rows: int, heads: int, chunks: int, cores: int) -> int:
     """Chunks of a segment, for `rows` sequences of this length; 0 if cutting them costs more than it saves."""
 
-    def parts(full: int, summaries: int, length: int) -> float:
-        """Microseconds of `full` heads with and `summaries` without output, all of `length` chunks."""
-        schedule, split = ("single", 2) if 2 * (full + summaries) <= cores else ("pair", 1)
-        with_output, without = CHUNK_US[schedule]
-        busy = (full * with_output + summaries * without) * split / cores
-        return length * max(with_output if full else without, busy)
+    def output(units: int) -> float:
+        single, pair, full = OUTPUT_US
+        return single if 2 * units <= cores else units // cores * full + (pair if units % cores else 0)
+
+    def follow(programs: int) -> float:
+        one, two = FOLLOW_US
+        waves, rest = divmod(programs, 2 * cores)
+        return waves * two + (two if rest > cores else one if rest else 0)
 
     def cost(count: int) -> float:
-        length = -(-chunks // count)
-        count = -(-chunks // length)
-        first = parts(rows * heads, 2 * rows * (count - 2) * heads, length)
-        return first + parts(rows * (count - 1) * heads, 0, length) + (count - 2) * STEP_US + LAUNCH_US
+        """Microseconds if each is cut into this many segments."""
+        parallel = follow(rows * heads * (4 * count - 6)) + output(rows * heads * count)
+        return -(-chunks // count) * parallel + LAUNCH_US + (STARTS_US + (count - 2) * STEP_US if count > 2 else 0)
 
-    best = min(range(3, min(chunks, 32)), key=cost, default=0)
-    return -(-chunks // best) if best and cost(best) < parts(rows * heads, 0, chunks) else 0
+    best = min(range(2, min(chunks, 33)), key=cost, default=0)
+    return -(-chunks // best) if best and cost(best) < chunks * output(rows * heads) else 0
 
 
 @functools.cache
