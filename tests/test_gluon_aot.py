@@ -51,7 +51,7 @@ def launch(case):
 
 # (registers, bytes of stack) at most. With more registers than maxnreg a program's warps would not fit.
 LIMITS = {
-    "prep": (144, 0),
+    "prep": (200, 0),
     "summary": (128, 0),
     "starts": (224, 0),
     "single": (168, 8),

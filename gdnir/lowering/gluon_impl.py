@@ -67,7 +67,7 @@ def _by_heads(
     scale: float,
     state_layout: str,
 ) -> Tensor:
-    return delta_rule_prefill(q, k, v, g, beta, state, seq, scale=scale, segment=segment_of_heads(v))
+    return delta_rule_prefill(q, k, v, g, beta, state, seq, scale=scale, segment=segment_of_heads(k, v))
 
 
 @lowers(ops.gated_delta_rule, "gluon", available=on_hopper, accepts=_fits, batch_invariant=_by_heads)
