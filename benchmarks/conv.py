@@ -73,6 +73,7 @@ def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
             *notes,
         ],
         out,
+        copy,
     )
 
 

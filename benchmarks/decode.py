@@ -97,6 +97,7 @@ def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
             *notes,
         ],
         out,
+        copy,
     )
 
 

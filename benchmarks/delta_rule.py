@@ -122,7 +122,7 @@ def main(
         *skipped,
         *notes,
     ]
-    report(name, rows, notes, out)
+    report(name, rows, notes, out, copy)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def environment():
     }
 
 
-def report(name, rows, notes=(), out=HERE / "results"):
-    """Print the rows (dicts with the same keys) as a table and write them as `out`/`name`.json."""
+def report(name, rows, notes=(), out=HERE / "results", copy=None):
+    """Print the rows (dicts with the same keys) as a table and write them, with the copy's TB/s, as `out`/`name`.json."""
     table = Table(title=name)
     for key in rows[0]:
         table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
@@ -107,5 +107,5 @@ def report(name, rows, notes=(), out=HERE / "results"):
     for note in notes:
         console.print(note)
     Path(out).mkdir(parents=True, exist_ok=True)
-    document = {"name": name, "environment": environment(), "notes": list(notes), "rows": rows}
+    document = {"name": name, "environment": environment(), "copy TB/s": copy, "notes": list(notes), "rows": rows}
     (Path(out) / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
