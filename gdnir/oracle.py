@@ -99,8 +99,8 @@ def row_error(out: Tensor, reference: Tensor) -> Tensor:
 
     NaN where only one of the two is finite. A norm over everything would hide a wrong row.
     """
-    reference = reference.double().cpu()
-    difference = torch.linalg.vector_norm(out.double().cpu() - reference, dim=-1)
+    reference = reference.double()
+    difference = torch.linalg.vector_norm(out.double().to(reference.device) - reference, dim=-1)
     norm = torch.linalg.vector_norm(reference, dim=-1)
     error: Tensor = difference / torch.where(norm > 0, norm, 1)
     return error

@@ -1,7 +1,8 @@
-"""The ops again, in float64 on the CPU, one token after the other: what every lowering is tested against.
+"""The ops again, in float64, one token after the other: what every lowering is tested against.
 
 Same signatures and state semantics as `gdnir.ops`. Operands of any dtype are widened exactly; results are float64, and
-states are updated in place, so pass float64 copies of the pools. This file shares no code with the lowerings: plain
+states are updated in place, so pass float64 copies of the pools. An op with a state runs where the pool lies, wherever
+its other operands are; one without, where its first operand lies. This file shares no code with the lowerings: plain
 loops over sequences and tokens, host reads included, vectorised over heads and channels only.
 """
 
@@ -46,8 +47,8 @@ def _rows(seq: Seq, slots: int) -> Iterator[_Row]:
         )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", torch.float64)
+def _wide(x: Tensor, where: Tensor) -> Tensor:
+    return x.detach().to(where.device, torch.float64)
 
 
 def gated_delta_rule(
@@ -63,22 +64,22 @@ def gated_delta_rule(
     state_layout: str,
 ) -> Tensor:
     """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464]"""
-    q, k, v, g, beta = (_wide(x) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (_wide(x, state) for x in (q, k, v, g, beta))
+    q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1)[..., None] for x in (q, k))
+    v, decay, beta = v[..., None], g.exp()[..., None, None], beta[..., None, None]
     pool = state if state_layout == "vk" else state.transpose(-1, -2)
-    q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
     o = torch.zeros_like(v)
     for row in _rows(seq, state.shape[0]):
-        s = torch.zeros(pool.shape[1:], dtype=torch.float64) if row.read is None else pool[row.read].clone()
+        s = torch.zeros_like(pool[0]) if row.read is None else pool[row.read].clone()
         for j, t in enumerate(row.tokens):
-            s *= g[t].exp()[:, None, None]
-            correction = beta[t][:, None] * (v[t] - (k[t][:, None, :] @ s.transpose(1, 2))[:, 0])
-            s.addcmul_(correction[:, :, None], k[t][:, None, :])
-            o[t] = scale * (q[t][:, None, :] @ s.transpose(1, 2))[:, 0]
+            s *= decay[t]
+            s.addcmul_(beta[t] * (v[t] - s @ k[t]), k[t].transpose(1, 2))
+            o[t] = s @ q[t]
             if row.after and row.after[j] is not None:
                 pool[row.after[j]] = s
         if row.final is not None:
             pool[row.final] = s
-    return o
+    return scale * o[..., 0]
 
 
 def causal_conv1d(
@@ -92,26 +93,23 @@ def causal_conv1d(
     conv_layout: str,
 ) -> Tensor:
     """y[t, c] = act(bias[c] + sum_w weight[c, w] x[t - (W - 1) + w, c]); before a sequence's start, x is its state."""
-    qkv, weight = _wide(qkv), _wide(weight)
+    qkv, weight = _wide(qkv, conv_state), _wide(weight, conv_state)
+    shift = 0 if bias is None else _wide(bias, conv_state)
     width = weight.shape[1]
     pool = conv_state if conv_layout == "cw" else conv_state.transpose(-1, -2)
     pool = pool[:, :, pool.shape[2] - (width - 1) :]
     y = torch.zeros_like(qkv)
     for row in _rows(seq, conv_state.shape[0]):
-        past = torch.zeros(pool.shape[1:], dtype=torch.float64) if row.read is None else pool[row.read].clone()
+        past = torch.zeros_like(pool[0]) if row.read is None else pool[row.read].clone()
         for j, t in enumerate(row.tokens):
             window = torch.cat([past, qkv[t][:, None]], dim=1)
-            y[t] = (window * weight).sum(dim=1)
-            if bias is not None:
-                y[t] += _wide(bias)
-            if activation == "silu":
-                y[t] = y[t] * torch.sigmoid(y[t])
+            y[t] = (window * weight).sum(dim=1) + shift
             past = window[:, 1:]
             if row.after and row.after[j] is not None:
                 pool[row.after[j]] = past
         if row.final is not None:
             pool[row.final] = past
-    return y
+    return y * torch.sigmoid(y) if activation == "silu" else y
 
 
 def in_proj(
@@ -119,7 +117,7 @@ def in_proj(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [T, D], w_qkvz [2 H K + 2 HV V, D] (rows q, k, v, z), w_ba [2 HV, D] (rows b, a) -> qkv, z [T, HV, V], b, a."""
     h, hv, dk, dv = heads
-    y, ba = _wide(x) @ _wide(w_qkvz).T, _wide(x) @ _wide(w_ba).T
+    y, ba = _wide(x, x) @ _wide(w_qkvz, x).T, _wide(x, x) @ _wide(w_ba, x).T
     qkv, z = torch.split(y, [2 * h * dk + hv * dv, hv * dv], dim=1)
     return qkv, z.reshape(-1, hv, dv), ba[:, :hv], ba[:, hv:]
 
@@ -135,13 +133,13 @@ def in_proj_merged(
 def split_qkv(y: Tensor, *, heads: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, 2 H K + HV V] -> q, k [T, H, K], v [T, HV, V]."""
     h, hv, dk, dv = heads
-    q, k, v = torch.split(_wide(y), [h * dk, h * dk, hv * dv], dim=1)
+    q, k, v = torch.split(_wide(y, y), [h * dk, h * dk, hv * dv], dim=1)
     return q.reshape(-1, h, dk), k.reshape(-1, h, dk), v.reshape(-1, hv, dv)
 
 
 def l2norm(x: Tensor, *, eps: float) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dimension."""
-    x = _wide(x)
+    x = _wide(x, x)
     return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) + eps)
 
 
@@ -154,18 +152,18 @@ def gdn_gate(
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor]:
     """g = -exp(A_log) log(1 + exp(a + dt_bias)), beta = sigmoid(b), doubled if `allow_neg_eigval`."""
-    x = _wide(a) + _wide(dt_bias)
-    g = -_wide(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))
-    return g, torch.sigmoid(_wide(b)) * (2 if allow_neg_eigval else 1)
+    x = _wide(a, a) + _wide(dt_bias, a)
+    g = -_wide(A_log, a).exp() * torch.logaddexp(x, torch.zeros_like(x))
+    return g, torch.sigmoid(_wide(b, a)) * (2 if allow_neg_eigval else 1)
 
 
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
     """o / sqrt(mean(o^2) + eps) * weight * act(z) over the last dimension; act is silu or sigmoid."""
-    o, z = _wide(o), _wide(z)
+    o, z, weight = _wide(o, o), _wide(z, o), _wide(weight, o)
     gate = torch.sigmoid(z) * (z if activation == "silu" else 1)
-    return o / torch.sqrt((o * o).mean(dim=-1, keepdim=True) + eps) * _wide(weight) * gate
+    return o / torch.sqrt((o * o).mean(dim=-1, keepdim=True) + eps) * weight * gate
 
 
 def out_proj(y: Tensor, weight: Tensor) -> Tensor:
     """y [T, HV, V] and weight [D, HV V] -> [T, D]."""
-    return _wide(y).flatten(1) @ _wide(weight).T
+    return _wide(y, y).flatten(1) @ _wide(weight, y).T

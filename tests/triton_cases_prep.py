@@ -19,33 +19,28 @@ def check_prep(case, heads, dtype, device, *, neg=False):
     h, hv, k, v = heads
     case = dataclasses.replace(case, channels=2 * h * k + hv * v)
     gen = torch.Generator().manual_seed(0)
-    seq = base.make_seq(case, device)
-    storage, pool = base.make_pool(case, seq, dtype, device, gen)
+    seq, judge = base.make_seq(case, device), base.make_seq(case, "cpu")
+    storage, pool = base.make_pool(case, judge, dtype, device, gen)
     merged = torch.randn(seq.num_tokens, case.channels + 2 * hv, generator=gen).to(
         device, dtype
     )  # as in_proj_merged gives
     x, a, b = merged.split([case.channels, hv, hv], dim=1)
-    cu = seq.cu_seqlens.tolist()
-    owned = torch.zeros(seq.num_tokens, dtype=torch.bool, device=device)
-    for n, slot in enumerate(seq.read_slots.tolist()):
-        if 0 <= slot < case.slots:
-            owned[cu[n] : cu[n + 1]] = True
+    owned = base.owned_tokens(judge, case.slots).to(device)
     x[~owned] = base.NAN
     weight = torch.randn(case.channels, case.width, generator=gen).to(device, dtype)
     bias = torch.randn(case.channels, generator=gen).to(device, dtype) if case.bias else None
     decay, shift = torch.randn(hv, generator=gen).to(device), torch.randn(hv, generator=gen).to(device)
     options = dict(activation=case.activation, conv_layout=case.layout)
-    new_pool = pool.cpu().double()
-    judge = dataclasses.replace(seq, error=torch.zeros(1, dtype=torch.int32))
+    new_pool = pool.double()
     y = oracle_ops.causal_conv1d(x, weight, bias, new_pool, judge, **options)
     q, key, value = oracle_ops.split_qkv(y, heads=heads)
-    want = [part.to(device) for part in (oracle_ops.l2norm(q, eps=1e-6), oracle_ops.l2norm(key, eps=1e-6), value)]
-    gates = [part.to(device) for part in oracle_ops.gdn_gate(a, b, decay, shift, allow_neg_eigval=neg)]
+    want = oracle_ops.l2norm(q, eps=1e-6), oracle_ops.l2norm(key, eps=1e-6), value
+    gates = oracle_ops.gdn_gate(a, b, decay, shift, allow_neg_eigval=neg)
     expected = storage.clone()
     view = expected.as_strided(pool.shape, pool.stride(), pool.storage_offset())
-    old, new_pool = pool.double(), new_pool.to(device)
+    old = pool.double()
     changed = ~((new_pool == old) | (new_pool.isnan() & old.isnan()))
-    view[changed] = new_pool[changed].to(dtype)
+    view.copy_(torch.where(changed, new_pool.to(dtype), view))
 
     with base.poisoned():
         got = triton_launch.conv_prep(

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from triton_cases import CANARY, NAN, SeqLike, bits, make_seq
+from triton_cases import CANARY, NAN, SeqLike, bits, make_seq, owned_tokens
 
 from gdnir import oracle_ops
 from gdnir.lowering import triton_rule
@@ -208,21 +208,15 @@ def run(case, inputs, pool, seq, scale):
 
 def check_rule(case, dtype, device, state_dtype=torch.float32, seed=0):
     gen = torch.Generator().manual_seed(seed)
-    seq = make_seq(case, device)
-    storage, pool = make_pool(case, seq, state_dtype, device, gen)
+    seq, judge = make_seq(case, device), make_seq(case, "cpu")
+    storage, pool = make_pool(case, judge, state_dtype, device, gen)
     inputs = make_inputs(case, seq, dtype, device, gen)
-    cu = seq.cu_seqlens.tolist()
-    owned = torch.zeros(seq.num_tokens, dtype=torch.bool, device=device)
-    for n, slot in enumerate(seq.read_slots.tolist()):
-        if 0 <= slot < case.slots:
-            owned[cu[n] : cu[n + 1]] = True
+    owned = owned_tokens(judge, case.slots).to(device)
     for x in inputs:
         x[~owned] = NAN
     scale = case.heads[2] ** -0.5
-    new_pool = pool.cpu().double()
-    judge = dataclasses.replace(seq, error=torch.zeros(1, dtype=torch.int32))
-    want = oracle_ops.gated_delta_rule(*inputs, new_pool, judge, scale=scale, state_layout=case.layout).to(device)
-    new_pool = new_pool.to(device)
+    new_pool = pool.double()
+    want = oracle_ops.gated_delta_rule(*inputs, new_pool, judge, scale=scale, state_layout=case.layout)
     before = storage.clone()
 
     with poisoned():
@@ -236,8 +230,8 @@ def check_rule(case, dtype, device, state_dtype=torch.float32, seed=0):
 
     old = before.as_strided(pool.shape, pool.stride(), pool.storage_offset())
     written = []
-    for (length, has, read, write), slot in zip(case.rows, seq.read_slots.tolist(), strict=True):
-        if 0 <= slot < case.slots and 0 <= write < case.slots:
+    for length, has, read, write in case.rows:
+        if 0 <= read < case.slots and 0 <= write < case.slots:
             written.append(write)
             if length == 0:
                 kept = old[read] if has else torch.zeros_like(old[read])

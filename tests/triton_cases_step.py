@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 import triton_cases as base
-from triton_cases import NAN, ROUNDING, bits
+from triton_cases import NAN, ROUNDING, bits, owned_tokens
 
 from gdnir import oracle_ops
 from gdnir.lowering import triton_step
@@ -98,15 +98,6 @@ def _fill(view, seq, gen):
             view[slot] = torch.randn(view[slot].shape, generator=gen).to(view)
 
 
-def owned_tokens(seq, slots):
-    cu = seq.cu_seqlens.tolist()
-    owned = torch.zeros(seq.num_tokens, dtype=torch.bool)
-    for n, slot in enumerate(seq.read_slots.tolist()):
-        if 0 <= slot < slots:
-            owned[cu[n] : cu[n + 1]] = True
-    return owned
-
-
 def _gates(case, tokens, heads, gen):
     """a, A_log, dt_bias that give the case's g; b that gives its beta (before doubling)."""
     a, rate, shift = torch.randn(tokens, heads, generator=gen), torch.zeros(heads), torch.zeros(heads)
@@ -135,6 +126,7 @@ class Inputs:
     state: torch.Tensor
     storages: tuple
     seq: object
+    judge: object  # seq on the CPU, for the oracle
     owned: torch.Tensor
     options: dict
 
@@ -142,8 +134,8 @@ class Inputs:
 def make_step(case, dtype, device, state_dtype, seed=0):
     gen = torch.Generator().manual_seed(seed)
     h, hv, k, v = case.heads
-    c, seq = case.channels, base.make_seq(case, device)
-    tokens, owned = seq.num_tokens, owned_tokens(seq, case.slots)
+    c, seq, judge = case.channels, base.make_seq(case, device), base.make_seq(case, "cpu")
+    tokens, owned = seq.num_tokens, owned_tokens(judge, case.slots).to(device)
     qkv = torch.randn(tokens, c, generator=gen)
     weight = torch.randn(c, case.width, generator=gen)
     if case.keys != "random":
@@ -152,16 +144,16 @@ def make_step(case, dtype, device, state_dtype, seed=0):
     a, b, rate, shift = _gates(case, tokens, hv, gen)
     z = torch.randn(tokens, hv * v, generator=gen)
     merged = torch.cat([qkv, z, b, a, torch.zeros(tokens, 8)], 1).to(device, dtype)  # one projection, seen in parts
-    merged[~owned.to(device)] = NAN
+    merged[~owned] = NAN
     qkv, z, b, a, _ = merged.split([c, hv * v, hv, hv, 8], 1)
     columns = case.width - 1 + case.extra
     conv_shape = (case.slots, c, columns) if case.conv_layout == "cw" else (case.slots, columns, c)
     conv_storage, conv = _pool(conv_shape, case.strided, dtype, device)
     newest = conv[..., case.extra :] if case.conv_layout == "cw" else conv[:, case.extra :]
-    _fill(newest, seq, gen)
+    _fill(newest, judge, gen)
     state_shape = (case.slots, hv, v, k) if case.state_layout == "vk" else (case.slots, hv, k, v)
     state_storage, state = _pool(state_shape, case.strided, state_dtype, device)
-    _fill(state, seq, gen)
+    _fill(state, judge, gen)
     bias = torch.randn(c, generator=gen).to(device, dtype) if case.bias else None
     norm = torch.randn(v, generator=gen).to(device)
     operands = (
@@ -172,7 +164,7 @@ def make_step(case, dtype, device, state_dtype, seed=0):
         "allow_neg_eigval": case.neg, "scale": k**-0.5, "state_layout": case.state_layout, "eps": 1e-6,
         "gate": case.gate,
     }  # fmt: skip
-    return Inputs(operands, conv, state, (conv_storage, state_storage), seq, owned, options)
+    return Inputs(operands, conv, state, (conv_storage, state_storage), seq, judge, owned, options)
 
 
 def run_step(given, seq=None):
@@ -185,7 +177,7 @@ def run_step(given, seq=None):
 def oracle_step(given, judge):
     """(y, conv pool, state pool) in float64; nothing is rounded between the ops."""
     qkv, z, a, b, weight, bias, rate, shift, norm = given.operands
-    o, conv, state = given.options, given.conv.cpu().double(), given.state.cpu().double()
+    o, conv, state = given.options, given.conv.double(), given.state.double()
     y = oracle_ops.causal_conv1d(
         qkv, weight, bias, conv, judge, activation=o["activation"], conv_layout=o["conv_layout"]
     )
@@ -199,54 +191,55 @@ def oracle_step(given, judge):
 
 def assert_rows(got, want, dtype, label):
     """Row by row (over the last dimension), and over everything: a few roundings of what float64 gives."""
+    assert_each(got[None], want[None], dtype, [label])
+
+
+def assert_each(got, want, dtype, labels):
+    """assert_rows of got[i] and want[i] for every i, waiting for the device once."""
     if not want.numel():
         return
-    got, want = got.cpu().double(), want.double()
-    assert got.isfinite().all(), f"{label} is not finite"
+    got, want = got.double().flatten(1, -2), want.double().flatten(1, -2)
     smallest = torch.finfo(dtype).smallest_normal * ROUNDING[dtype]  # what underflow alone may do
-    error = torch.where((got - want).abs().amax(-1) <= smallest, 0, row_error(got, want))
-    assert error.max() <= 3 * ROUNDING[dtype] + 3e-4, f"{label}: a row is off by {error.max()}"
-    overall = float((got - want).norm() / want.norm().clamp(min=1e-30))
-    assert overall <= ROUNDING[dtype] + 1e-5, f"{label}: off by {overall} overall"
+    rows = torch.where((got - want).abs().amax(-1) <= smallest, 0, row_error(got, want)).amax(1)
+    overall = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1).clamp(min=1e-30)
+    finite = got.isfinite().flatten(1).all(1)
+    for label, *found in zip(labels, *torch.stack([finite, rows, overall]).tolist(), strict=True):
+        assert found[0], f"{label} is not finite"
+        assert found[1] <= 3 * ROUNDING[dtype] + 3e-4, f"{label}: a row is off by {found[1]}"
+        assert found[2] <= ROUNDING[dtype] + 1e-5, f"{label}: off by {found[2]} overall"
 
 
 def assert_pool(storage, before, view, want, dtype, label):
     """Slots whose content the oracle changed agree with it; everything else has the bits that it had."""
     after = storage.as_strided(view.shape, view.stride(), view.storage_offset())
     old = before.as_strided(view.shape, view.stride(), view.storage_offset())
-    want = want.to(storage.device)
     wide = old.double()
     changed = ~((want == wide) | (want.isnan() & wide.isnan()))
     touched = changed.flatten(1).any(1)
-    for slot in touched.nonzero().flatten().tolist():
-        real = ~want[slot].isnan()  # not the columns of a conv state that do not count
-        got = torch.where(real, after[slot].double(), 0)
-        assert_rows(
-            got.flatten(0, -2), torch.where(real, want[slot], 0).flatten(0, -2).cpu(), dtype, f"{label}[{slot}]"
-        )
+    slots = touched.nonzero().flatten().tolist()
+    real = ~want[slots].isnan()  # not the columns of a conv state that do not count
+    got = torch.where(real, after[slots].double(), 0)
+    assert_each(got, torch.where(real, want[slots], 0), dtype, [f"{label}[{slot}]" for slot in slots])
     rest = ~touched.view(-1, *[1] * (view.dim() - 1)) | (want.isnan() & wide.isnan())
     expected = before.clone()
-    expected.as_strided(view.shape, view.stride(), view.storage_offset())[~rest.expand_as(old)] = after[
-        ~rest.expand_as(old)
-    ]
+    expected.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(torch.where(rest, old, after))
     assert torch.equal(bits(storage), bits(expected)), f"{label}: something else was written"
 
 
 def check_step(case, dtype, device, state_dtype=torch.float32):
     given = make_step(case, dtype, device, state_dtype)
-    judge = dataclasses.replace(given.seq, error=torch.zeros(1, dtype=torch.int32))
-    want, conv, state = oracle_step(given, judge)
+    want, conv, state = oracle_step(given, given.judge)
     before = [s.clone() for s in given.storages]
     with base.poisoned(triton_step):
         y = run_step(given)
         assert y.is_contiguous()
         assert (y.dtype, y.shape) == (dtype, want.shape)
         y = y.clone()
-    assert (y[~given.owned.to(device)] == 0).all(), "tokens of padding rows, or of nobody, are not 0"
+    assert (y[~given.owned] == 0).all(), "tokens of padding rows, or of nobody, are not 0"
     assert_rows(y, want, dtype, "y")
     assert_pool(given.storages[0], before[0], given.conv, conv, dtype, "conv")
     assert_pool(given.storages[1], before[1], given.state, state, state_dtype, "state")
-    assert bool(given.seq.error.item()) == bool(judge.error.item()), "the error flag"
+    assert bool(given.seq.error.item()) == bool(given.judge.error.item()), "the error flag"
 
 
 def _alone(seq, n):
@@ -330,23 +323,22 @@ def check_rule(case, dtype, device, state_dtype=torch.float32):
     """gated_delta_rule alone, with the case's rows, gates, betas and keys."""
     gen = torch.Generator().manual_seed(3)
     h, hv, k, v = case.heads
-    seq = base.make_seq(case, device)
-    tokens, owned = seq.num_tokens, owned_tokens(seq, case.slots)
+    seq, judge = base.make_seq(case, device), base.make_seq(case, "cpu")
+    tokens, owned = seq.num_tokens, owned_tokens(judge, case.slots).to(device)
     q = torch.randn(tokens, h, k, generator=gen)
     key = torch.nn.functional.normalize(_keys(case, tokens, gen), dim=-1)
     merged = torch.cat([q, key], 1).to(device, dtype)  # strides of their own
-    merged[~owned.to(device)] = NAN
+    merged[~owned] = NAN
     q, key = merged.split([h, h], 1)
     value = torch.randn(tokens, hv, v, generator=gen).to(device, dtype)
-    value[~owned.to(device)] = NAN
+    value[~owned] = NAN
     a, b, rate, shift = _gates(case, tokens, hv, gen)
     g, beta = (x.float().to(device) for x in oracle_ops.gdn_gate(a, b, rate, shift, allow_neg_eigval=case.neg))
-    g[~owned.to(device)] = NAN
+    g[~owned] = NAN
     shape = (case.slots, hv, v, k) if case.state_layout == "vk" else (case.slots, hv, k, v)
     storage, state = _pool(shape, case.strided, state_dtype, device)
-    _fill(state, seq, gen)
-    before, new = storage.clone(), state.cpu().double()
-    judge = dataclasses.replace(seq, error=torch.zeros(1, dtype=torch.int32))
+    _fill(state, judge, gen)
+    before, new = storage.clone(), state.double()
     options = {"scale": k**-0.5, "state_layout": case.state_layout}
     want = oracle_ops.gated_delta_rule(q, key, value, g, beta, new, judge, **options)
     with base.poisoned(triton_step):
@@ -354,7 +346,7 @@ def check_rule(case, dtype, device, state_dtype=torch.float32):
         assert o.is_contiguous()
         assert (o.dtype, o.shape) == (dtype, value.shape)
         o = o.clone()
-    assert (o[~owned.to(device)] == 0).all(), "tokens of padding rows, or of nobody, are not 0"
+    assert (o[~owned] == 0).all(), "tokens of padding rows, or of nobody, are not 0"
     assert_rows(o, want, dtype, "o")
     assert_pool(storage, before, state, new, state_dtype, "state")
     assert bool(seq.error.item()) == bool(judge.error.item()), "the error flag"
@@ -371,7 +363,7 @@ def check_l2norm(shape, memory, dtype, device):
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
     if x.numel():
         x[0] = 0  # eps keeps it finite
-    want = oracle_ops.l2norm(x, eps=1e-6).to(device)
+    want = oracle_ops.l2norm(x, eps=1e-6)
     with base.poisoned(triton_step):
         y = triton_step.l2norm(x, eps=1e-6)
         assert y.is_contiguous()
@@ -391,6 +383,6 @@ def check_gate(tokens, heads, neg, dtype, device):
         got = triton_step.gdn_gate(a, b, rate, shift, allow_neg_eigval=neg)
         for mine, exact in zip(got, want, strict=True):
             assert (mine.dtype, mine.shape) == (torch.float32, a.shape)
-            exact, mine = exact.to(device), mine.double()
+            mine = mine.double()
             same = (mine == exact) | ((mine - exact).abs() <= 1e-5 * exact.abs() + 1e-30)
             assert same.all(), (mine[~same][:3], exact[~same][:3])

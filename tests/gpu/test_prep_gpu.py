@@ -50,12 +50,13 @@ def test_prep_same_bits_200_times():
     weight, shift = torch.randn(channels, 4, device="cuda").bfloat16(), torch.randn(hv, device="cuda")
     start = torch.randn(3, channels, 3, device="cuda").bfloat16()
     seq = base.make_seq(base.Case("", "prefill", base.cont(*lengths)), "cuda")
-    first = None
-    for _ in range(200):
+
+    def launch():
         pool = start.clone()
         got = cases.triton_launch.conv_prep(
             x, a, b, weight, None, pool, shift, shift, seq, activation="silu", conv_layout="cw", heads=heads, eps=1e-6,
             allow_neg_eigval=False,
         )  # fmt: skip
-        first = first or (*got, pool)
-        assert all(torch.equal(one, other) for one, other in zip(first, (*got, pool), strict=True))
+        return *got, pool
+
+    base.check_repeats(launch)

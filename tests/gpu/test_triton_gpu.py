@@ -99,74 +99,71 @@ def test_conv_8192_tokens_of_8192_channels():
         at += length
 
 
-def _big(numel):
-    if torch.cuda.mem_get_info()[0] < 2 * numel + 2**30:
-        pytest.skip("not enough free GPU memory")
-    return torch.empty(numel, dtype=torch.bfloat16, device="cuda")
-
-
 @pytest.mark.parametrize("phase", ["prefill", "decode", "verify"])
 @pytest.mark.parametrize("far", ["slot", "channel", "column"])
-def test_conv_state_beyond_2_to_31_elements(phase, far):
+def test_conv_state_beyond_2_to_31_elements(phase, far, much_memory):
     slots, channels, keep = 3, 8, 3
     stride = {"slot": 2**30 + 64, "channel": 2**29 + 64, "column": 2**30 + 64}[far]
     strides = {"slot": (stride, 3, 1), "channel": (24, stride, 1), "column": (8, 24, stride)}[far]
     ends = [(size - 1) * by for size, by in zip((slots, channels, keep), strides, strict=True)]
     assert sum(ends) >= 2**31
-    pool = _big(sum(ends) + 1).as_strided((slots, channels, keep), strides)
+    much_memory(2 * sum(ends))
+    pool = torch.empty(sum(ends) + 1, dtype=torch.bfloat16, device="cuda").as_strided((slots, channels, keep), strides)
     pool.copy_(torch.randn(slots, channels, keep))
-    small = pool.cpu().double()
+    small = pool.double()
     seq = cases.make_seq(cases.Case("", phase, ((1, True, 2, 1), (1, True, 0, 0))), "cuda")
     x = torch.randn(2, channels, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16)
     want = oracle_ops.causal_conv1d(x, weight, None, small, seq, **SILU)
     y = causal_conv1d(x, weight, None, pool, seq, **SILU)
-    cases.assert_rounded_once(y.cpu(), want, y.dtype, "y")
-    assert torch.equal(pool.cpu().double(), small)
+    cases.assert_rounded_once(y, want, y.dtype, "y")
+    assert torch.equal(pool.double(), small)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "verify"])
-def test_conv_rows_beyond_2_to_31_elements(phase):
-    x = _big(2 * (2**30 + 64) + 8).as_strided((3, 8), (2**30 + 64, 1))
+def test_conv_rows_beyond_2_to_31_elements(phase, much_memory):
+    stride = 2**30 + 64
+    much_memory(2 * 2 * stride)
+    x = torch.empty(2 * stride + 8, dtype=torch.bfloat16, device="cuda").as_strided((3, 8), (stride, 1))
     x.copy_(torch.randn(3, 8))
     rows = ((3, True, 0, (1, 2, 3) if phase == "verify" else 1),)
     seq = cases.make_seq(cases.Case("", phase, rows), "cuda")
     pool = torch.randn(4, 8, 3, device="cuda", dtype=torch.bfloat16)
-    small = pool.cpu().double()
+    small = pool.double()
     weight = torch.randn(8, 4, device="cuda", dtype=torch.bfloat16)
     want = oracle_ops.causal_conv1d(x, weight, None, small, seq, **SILU)
     y = causal_conv1d(x, weight, None, pool, seq, **SILU)
-    cases.assert_rounded_once(y.cpu(), want, y.dtype, "y")
-    assert torch.equal(pool.cpu().double(), small)
+    cases.assert_rounded_once(y, want, y.dtype, "y")
+    assert torch.equal(pool.double(), small)
 
 
-def test_conv_outputs_beyond_2_to_31_elements():
+def test_conv_outputs_beyond_2_to_31_elements(much_memory):
     tokens, channels = 2**18 + 37, 8192
-    _big(2 * tokens * channels)  # x and y
+    much_memory(4 * tokens * channels)  # x and y
     x = torch.zeros(tokens, channels, device="cuda", dtype=torch.bfloat16)
     x[-300:] = torch.randn(300, channels, device="cuda")
     seq = cases.make_seq(cases.Case("", "prefill", cases.fresh(tokens - 100, 100)), "cuda")
     pool = torch.full((2, channels, 3), float("nan"), device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16)
     y = causal_conv1d(x, weight, None, pool, seq, **SILU)
-    end = cases.make_seq(cases.Case("", "prefill", cases.fresh(200, 100)), "cuda")
-    small = torch.zeros(2, channels, 3, dtype=torch.float64)
+    end = cases.make_seq(cases.Case("", "prefill", cases.fresh(200, 100)), "cpu")
+    small = torch.zeros(2, channels, 3, dtype=torch.float64, device="cuda")
     want = oracle_ops.causal_conv1d(x[-300:], weight, None, small, end, **SILU)
-    cases.assert_rounded_once(y[-300:].cpu(), want, y.dtype, "y")
+    cases.assert_rounded_once(y[-300:], want, y.dtype, "y")
     assert not y[:-300].any()
-    assert torch.equal(pool.cpu().double(), small)
+    assert torch.equal(pool.double(), small)
 
 
-def test_norm_beyond_2_to_31_elements():
+def test_norm_beyond_2_to_31_elements(much_memory):
     tokens, heads, width = 2**19 + 37, 32, 128
-    _big(3 * tokens * heads * width)
+    much_memory(6 * tokens * heads * width)
     o = torch.ones(tokens, heads, width, device="cuda", dtype=torch.bfloat16)
     z = torch.zeros_like(o)
     o[-300:], z[-300:] = torch.randn(2, 300, heads, width, device="cuda").bfloat16()
     weight = torch.randn(width, device="cuda")
     y = gated_rmsnorm(o, z, weight, eps=1e-6, activation="silu")
     want = oracle_ops.gated_rmsnorm(o[-300:], z[-300:], weight, eps=1e-6, activation="silu")
-    cases.assert_rounded_once(y[-300:].cpu(), want, y.dtype, "y")
+    cases.assert_rounded_once(y[-300:], want, y.dtype, "y")
     assert not y[:-300].any()
 
 
@@ -196,21 +193,18 @@ def test_conv_200_launches_bitwise_equal(phase):
     x = torch.randn(seq.num_tokens, channels, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16)
     start = torch.randn(2 * count, channels, 3, device="cuda", dtype=torch.bfloat16)
-    first = None
-    for _ in range(200):
+
+    def launch():
         pool = start.clone()
-        y = causal_conv1d(x, weight, weight[:, 0], pool, seq, **SILU)
-        first = first or (y, pool)
-        assert torch.equal(y, first[0])
-        assert torch.equal(pool, first[1])
+        return causal_conv1d(x, weight, weight[:, 0], pool, seq, **SILU), pool
+
+    cases.check_repeats(launch)
 
 
 def test_norm_200_launches_bitwise_equal():
     o, z = torch.randn(2, 1001, 32, 128, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(128, device="cuda")
-    first = gated_rmsnorm(o, z, weight, eps=1e-6, activation="silu")
-    for _ in range(200):
-        assert torch.equal(gated_rmsnorm(o, z, weight, eps=1e-6, activation="silu"), first)
+    cases.check_repeats(lambda: (gated_rmsnorm(o, z, weight, eps=1e-6, activation="silu"),))
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "verify"])
@@ -253,16 +247,16 @@ def test_cuda_graph_replays_with_new_contents_and_nothing_waits(phase):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = causal_conv1d(x, weight, None, pool, static, **SILU)
-    for seq in seqs:
+    for rows, seq in zip(batches, seqs, strict=True):
         for name in ("cu_seqlens", "read_slots", "write_slots", "has_state"):
             getattr(static, name).copy_(getattr(seq, name))
         pool.copy_(start)
         y.fill_(float("nan"))
-        small = start.cpu().double()
-        want = oracle_ops.causal_conv1d(x, weight, None, small, static, **SILU)
+        small, judge = start.double(), cases.make_seq(cases.Case("", phase, rows), "cpu")
+        want = oracle_ops.causal_conv1d(x, weight, None, small, judge, **SILU)
         graph.replay()
-        cases.assert_rounded_once(y.cpu(), want, y.dtype, "y")
-        assert torch.equal(pool.cpu().double(), small)
+        cases.assert_rounded_once(y, want, y.dtype, "y")
+        assert torch.equal(pool.double(), small)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
