@@ -71,7 +71,7 @@ PLATFORMS: dict[str, Platform] = {
     for p in (
         Platform("cpu", "cpu", source="depends on the machine"),
         _gpu(_CUDA, "sm_80", 1.8e12, 312e12, 166_912, 108, "A100 80GB: datasheet, copy at 90 % of 2.0 TB/s"),
-        _gpu(_CUDA, "sm_90", 4.27e12, 773e12, 232_448, 132, "H200: measured copy and bf16 8192^3 product"),
+        _gpu(replace(_CUDA, order=("gluon", "triton")), "sm_90", 4.27e12, 773e12, 232_448, 132, "H200: measured copy and bf16 8192^3 product"),
         _gpu(_CUDA, "sm_100", 7.2e12, 2250e12, 232_448, 148, "B200: datasheet, copy at 90 % of 8 TB/s"),
         _gpu(_CUDA, "sm_120", 1.6e12, 209e12, 101_376, 170, "RTX 5090: datasheet, copy at 90 % of 1.79 TB/s"),
         _gpu(_ROCM, "gfx942", 4.7e12, 1307e12, 65_536, 304, "MI300X: datasheet, copy at 90 % of 5.3 TB/s"),

@@ -106,7 +106,7 @@ def _invert_block(gram, beta_row, beta_column, row, column, zero):
 def _clear_rows(tiles, left):
     """Zeros in the rows behind `left`: they are the next sequence's, of which even a NaN must not matter."""
     row = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
-    zero = gl.zeros([64, 64], gl.bfloat16, TILE)
+    zero = gl.zeros([64, 64], tiles.dtype, TILE)
     for j in gl.static_range(2):
         tiles.index(j).store(gl.where(row < left, tiles.index(j).load(TILE), zero))
     _barrier()
@@ -190,12 +190,12 @@ def _store_transform(gram, vectors, out):
     _barrier()
     for a in gl.static_range(4):
         for b in gl.static_range(4):
-            tile = gl.zeros([16, 16], gl.bfloat16, BLOCK)
+            tile = gl.zeros([16, 16], out.dtype, BLOCK)
             if a >= b:
                 decay = gl.exp2(sum_row[a] - sum_column[b])
                 if a == b:
                     decay = gl.where(row >= column, decay, 0.0)
-                tile = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(gl.bfloat16)
+                tile = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(out.dtype)
             out.slice(a * 16, 16, dim=0).slice(b * 16, 16, dim=1).store(tile)
 
 
@@ -244,7 +244,7 @@ def delta_rule_gluon_prep_kernel(
     left = end - t0
     if (c >= 0) & (left > 0):
         if (read >= 0) & (read < S):
-            keys = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], k_d.layout)
+            keys = gl.allocate_shared_memory(k_d.dtype, [2, 64, 64], k_d.layout)
             transform = keys.index(0)  # all that is needed of the keys by then is their products
             loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
             mbarrier.init(loaded, count=1)
@@ -283,6 +283,6 @@ def delta_rule_gluon_prep_kernel(
             token = t0 + gl.arange(0, 64, gl.SliceLayout(1, TILE))
             channel = gl.arange(0, 64, gl.SliceLayout(0, TILE))
             at_o = o + (token.to(gl.int64)[:, None] * HV + h0) * 128 + channel[None, :]
-            zeros = gl.zeros([64, 64], gl.bfloat16, TILE)
+            zeros = gl.zeros([64, 64], o.dtype.element_ty, TILE)
             for j in range(2 * HEADS):
                 gl.store(at_o + 64 * j, zeros, mask=(token < end)[:, None])

@@ -45,9 +45,9 @@ def delta_rule_prefill(
 ) -> Tensor:
     """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464, eq. 10]
 
-    q, k [T, H, 128], v [T, HV, 128] bf16: token strides that TMA takes (multiples of 16 bytes, heads side by side), others
+    q, k [T, H, 128], v [T, HV, 128] bf16 or f16: token strides that TMA takes (multiples of 16 bytes, heads side by side), others
     cost a copy. g, beta [T, HV] f32, state [S, HV, 128, 128] f32 or bf16, any strides, updated in place. f32 inside, the
-    operands of products are rounded to bf16. `segment`: chunks of a segment (0: no sequence is cut; None: as measured
+    operands of products are rounded to v's type. `segment`: chunks of a segment (0: no sequence is cut; None: as measured
     for the shapes). Returns o [T, HV, 128], contiguous. A slot >= S sets seq.error. Raises ShapeError beyond 2^23 heads x
     chunks.
     """
@@ -87,7 +87,7 @@ def delta_rule_prefill(
         segment = _segment(rows, k.shape[1], heads, chunks, cores, bandwidth)
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
     starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
-    steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
+    steps = torch.empty((slots, heads, HEAD, HEAD), dtype=v.dtype, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
     sizes = tokens, count, state.shape[0], slots, segment
