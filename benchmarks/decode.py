@@ -1,7 +1,8 @@
 """gdn_step, the whole core of a decode step in one kernel, beside the peers' chains: `python benchmarks/decode.py [--out FOLDER]`.
 
-16 key and 32 value heads of 128, bf16 activations, paged states of B + 1 slots; several pools take turns where they
-fit into the L2 cache. State TB/s counts the recurrent state read and written.
+16 key and 32 value heads of 128 (OLMo-hybrid: 30 heads, K 96, V 192, beta up to 2), bf16 activations, paged states of
+B + 1 slots; several pools take turns where they fit into the L2 cache. State TB/s counts the recurrent state read and
+written. fla-core's chain is measured in the same run where it is installed.
 """
 
 import math
@@ -10,65 +11,93 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, peer, replay_ms, report
+from gpu import HERE, ceilings, is_h200, peer, replay_ms, report
+from peers import fla_chain, measure
 
 import gdnir
 from gdnir.lowering import find
 
-H, HV, K, V, C = 16, 32, 128, 128, 8192
-OPTIONS = dict(activation="silu", conv_layout="cw", heads=(H, HV, K, V), l2norm_eps=1e-6, allow_neg_eigval=False,
-               scale=K**-0.5, state_layout="vk", eps=1e-6, gate="silu")  # fmt: skip
+QWEN, OLMO = (16, 32, 128, 128), (30, 30, 96, 192)
+BATCHES = 1, 8, 32, 128, 256, 512
 
 
-def calls(batch, state_dtype, drafts=1):
-    """The step on as many pools as it takes to exceed the L2 cache twice."""
-    step = find("gdn_step", "triton").run
+def rand(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def calls(batch, state_dtype, heads=QWEN, drafts=1, beside=False):
+    """(ours, fla-core's chain): the step on as many pools as it takes to exceed the L2 cache twice; and our first result."""
+    (h, hv, k, v), step = heads, find("gdn_step", "triton").run
     slots = batch * (1 if drafts == 1 else 1 + drafts) + 1
-    size = slots * HV * K * V * state_dtype.itemsize
-    tokens = batch * drafts
+    tokens, channels = batch * drafts, 2 * h * k + hv * v
     order = torch.randperm(slots - 1).tolist()
     if drafts == 1:
         seq = gdnir.Seq.decode(order[:batch], device="cuda")
     else:
         writes = [order[batch + n * drafts : batch + (n + 1) * drafts] for n in range(batch)]
         seq = gdnir.Seq.verify([drafts] * batch, read_slots=order[:batch], write_slots=writes, device="cuda")
+    options = dict(activation="silu", conv_layout="cw", heads=heads, l2norm_eps=1e-6, allow_neg_eigval=heads == OLMO,
+                   scale=k**-0.5, state_layout="vk", eps=1e-6, gate="silu")  # fmt: skip
+    weight = rand(channels, 4)
+    small = rand(hv, dtype=torch.float32), rand(hv, dtype=torch.float32), rand(v)
+    acts = rand(tokens, channels), rand(tokens, hv, v), rand(tokens, hv), rand(tokens, hv)
+    ours, chains = [], []
+    for _ in range(max(1, math.ceil(120e6 / (slots * hv * k * v * state_dtype.itemsize)))):
+        conv, state = rand(slots, channels, 3), rand(slots, hv, v, k, dtype=torch.float32).mul_(0.1).to(state_dtype)
+        if beside and (chain := fla_chain(acts, weight, small, conv, state, order[:batch], heads, heads == OLMO)):
+            chains.append(chain)
+        ours.append(lambda c=conv, s=state: step(*acts, weight, None, c, s, *small, seq, **options))
+    return ours, chains, ours[0]()
 
-    def rand(*shape, dtype=torch.bfloat16):
-        return torch.randn(*shape, device="cuda").to(dtype)
 
-    fixed = rand(C, 4), None
-    small = rand(HV, dtype=torch.float32), rand(HV, dtype=torch.float32), rand(V)
-    acts = rand(tokens, C), rand(tokens, HV, V), rand(tokens, HV), rand(tokens, HV)
-    found = []
-    for _ in range(max(1, math.ceil(120e6 / size))):
-        conv, state = rand(slots, C, 3), rand(slots, HV, V, K, dtype=torch.float32).mul_(0.1).to(state_dtype)
-        found.append(lambda c=conv, s=state: step(*acts, *fixed, c, s, *small, seq, **OPTIONS))
-    return found
+def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
+    hv, k, v = heads[1:]
+    name = str(dtype).removeprefix("torch.")
+    beside = drafts == 1 and dtype == torch.float32  # fla-core's states are f32
+    ours, chains, first = calls(batch, dtype, heads, drafts, beside)
+    theirs = measure(f"{phase} B={batch}, fla-core", chains, first, notes)
+    ms = replay_ms(*ours, replays=60)
+    state = (1 + drafts) * batch * hv * k * v * dtype.itemsize
+    moved = state + batch * drafts * (2 * (2 * heads[0] * k + hv * v) + 4 * hv * v + 4 * hv)
+    moved += (1 + drafts) * batch * 3 * 2 * (2 * heads[0] * k + hv * v)
+    return {
+        "phase": phase,
+        "state": name,
+        "B": batch,
+        "us": ms * 1e3,
+        "state TB/s": state / ms / 1e9,
+        "of copy": moved / ms / 1e9 / copy,
+        "fla-core us": theirs and theirs * 1e3,
+        "ours/fla-core": theirs and ms / theirs,
+        "H200 vllm us": vllm and vllm * 1e3,
+        "ours/vllm": ms / vllm if vllm and is_h200() else None,
+    }
 
 
 def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
     copy, _ = ceilings()
-    rows = []
+    rows, notes = [], []
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        for batch in (1, 8, 32, 128, 256, 512):
-            ms = replay_ms(*calls(batch, dtype), replays=60)
-            one = HV * K * V * dtype.itemsize
-            state = 2 * batch * one
-            moved = state + batch * (2 * 3 * C * 2 + C * 2 + 2 * HV * V * 2 + 4 * HV)
-            theirs = peer("decode", f"(16,32) B={batch} {name}", "vllm conv+gdr+norm")
-            rows.append({"phase": "decode", "state": name, "B": batch, "us": ms * 1e3, "state TB/s": state / ms / 1e9,
-                         "of copy": moved / ms / 1e9 / copy, "peer us": theirs * 1e3, "ours/peer": ms / theirs})  # fmt: skip
-    for batch in (32, 128):
-        ms = replay_ms(*calls(batch, torch.float32, drafts=4))
-        state = 5 * batch * HV * K * V * 4
-        rows.append({"phase": "verify L=4", "state": "float32", "B": batch, "us": ms * 1e3, "state TB/s": state / ms / 1e9,
-                     "of copy": state / ms / 1e9 / copy, "peer us": None, "ours/peer": None})  # fmt: skip
+        for batch in BATCHES:
+            vllm = peer("decode", f"(16,32) B={batch} {name}", "vllm conv+gdr+norm")
+            rows.append(row("decode", batch, dtype, QWEN, copy, notes, vllm=vllm))
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (32, 128):
+            rows.append(row("verify L=4", batch, dtype, QWEN, copy, notes, drafts=4))
+    for batch in (1, 32, 128):
+        rows.append(row("decode OLMo", batch, torch.float32, OLMO, copy, notes))
     report(
         "decode",
         rows,
-        [f"copy {copy:.2f} TB/s; the peer is vLLM's chain of convolution, rule and norm, three kernels"],
+        [
+            f"copy {copy:.2f} TB/s; both peers are chains of convolution, rule and norm, fla-core's of this run",
+            "bars: B = 1 at most 0.65 of a chain, OLMo at most 1; vLLM's chain is published for an H200"
+            + ("" if is_h200() else ", which this card is not: no ratio uses it"),
+            *notes,
+        ],
         out,
+        copy,
     )
 
 

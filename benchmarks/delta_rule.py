@@ -1,6 +1,7 @@
-"""The delta rule over prefill beside its peers: `python benchmarks/delta_rule.py [--out FOLDER] [--provider triton]`.
+"""The delta rule over prefill beside its peers: `python benchmarks/delta_rule.py [--out FOLDER] [--provider gluon]`.
 
-Conditions and peers' times: peers_h200.json. fla-core is measured in the same run where it is installed.
+fla-core and FlashInfer are measured in the same run where they are installed; peers_h200.json has more peers, measured on
+an H200, and its conditions, which are kept here. Published times are compared with on an H200 only.
 """
 
 import math
@@ -9,13 +10,14 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, peer, replay_ms, report
+from gpu import HERE, ceilings, chosen, is_h200, peer, replay_ms, report
+from peers import fla_rule, flashinfer_rule, measure
 
 import gdnir
-from gdnir.lowering import find
 
 HEADS = ((2, 8), (16, 32), (16, 64))
 BATCHES = {"1x2048": [2048], "1x8192": [8192], "1x32768": [32768], "4096x8": [4096] * 8, "1024x8": [1024] * 8}
+OLMO = {"1x8192": [8192], "4096x8": [4096] * 8}  # 30 heads, K 96, V 192, beta up to 2
 
 
 def inputs(heads, lengths, k=128, v=128, beta_max=1.0):
@@ -40,71 +42,87 @@ def inputs(heads, lengths, k=128, v=128, beta_max=1.0):
     return operands, gdnir.Seq.prefill(lengths, slots=list(range(len(lengths))), has_state=True, device="cuda")
 
 
-def fla(operands, seq, heads, k):
-    """fla-core's chunk_gated_delta_rule on the same operands as a function of no arguments; None if not installed."""
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
-        return None
-    q, key, v, g, beta, state = operands
-    start = state.transpose(-1, -2).contiguous()
-    cu = seq.cu_seqlens.long()
-    many = seq.num_seqs > 1
-
-    @torch.inference_mode()
-    def run():
-        return chunk_gated_delta_rule(
-            q[None], key[None], v[None], g[None], beta[None], scale=k**-0.5, initial_state=start,
-            output_final_state=True, cu_seqlens=cu if many else None,
-        )  # fmt: skip
-
-    return run
+def floor_ms(heads, lengths, k, v, copy, rate):
+    """What the bytes (read and written once) or the products take at the ceilings of this run, whichever is longer."""
+    (h, hv), total = heads, sum(lengths)
+    moved = total * (4 * h * k + 4 * hv * v + 8 * hv) + len(lengths) * hv * v * k * 8
+    flops = total * (hv * (6 * k * v + 4 * 64 * v) + h * 4 * 64 * k)
+    return max(moved / copy, flops / rate) / 1e9
 
 
-def eager_ms(run, repeats=20):
-    """Median of CUDA events around calls, for what syncs with the host and cannot be captured."""
-    for _ in range(3):
-        run()
-    spans = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        spans.append(start.elapsed_time(end))
-    return sorted(spans)[len(spans) // 2]
+def row(case, heads, lengths, k, v, beta_max, provider, wanted, ceiling, notes):
+    operands, seq = inputs(heads, lengths, k, v, beta_max)
+    attrs = {"scale": k**-0.5, "state_layout": "vk"}
+    lowering = chosen("gated_delta_rule", (*operands, seq), attrs, provider)
+    calls = {"fla-core": fla_rule(operands, seq) if "fla-core" in wanted else None}
+    calls |= flashinfer_rule(operands, seq) if "flashinfer" in wanted else {}
+    want = lowering.run(*operands[:5], operands[5].clone(), seq, **attrs)
+    theirs = {name: measure(f"{case}, {name}", call and [call], want, notes) for name, call in calls.items()}
+    ms = replay_ms(lambda: lowering.run(*operands, seq, **attrs))
+    beside = {name: time for name, time in theirs.items() if time is not None}
+    vllm, published = peer("prefill", case, "vllm-triton"), peer("prefill", case)
+    if is_h200() and published is not None:
+        beside["published"] = published
+    best = min(beside, key=beside.get, default=None)
+    floor = floor_ms(heads, lengths, k, v, *ceiling)
+    return {
+        "case": case,
+        "provider": lowering.provider,
+        "ms": ms,
+        "floor ms": floor,
+        "floor/ours": floor / ms,
+        "fla-core ms": theirs.get("fla-core"),
+        "flashinfer ms": min((t for n, t in theirs.items() if t and n != "fla-core"), default=None),
+        "H200 vllm-triton ms": vllm,
+        "H200 fastest ms": published,
+        "fastest": best,
+        "fastest/ours": beside[best] / ms if best else None,
+        "fla-core/ours": beside["fla-core"] / ms if "fla-core" in beside else None,
+        "vllm/ours": vllm / ms if is_h200() and vllm else None,
+    }
 
 
-def main(out: Annotated[Path, typer.Option()] = HERE / "results", provider: Annotated[str, typer.Option()] = "triton"):
-    rule = find("gated_delta_rule", provider).run
+def mean(values):
+    """Geometric mean and least of those that are there, as text."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "not measured"
+    return f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}x (least {min(found):.2f}x, {len(found)} rows)"
+
+
+def main(
+    out: Annotated[Path, typer.Option()] = HERE / "results",
+    provider: Annotated[str, typer.Option(help="default: what the lowering chooses on this device")] = "default",
+    peers: Annotated[str, typer.Option(help="peers to measure in this run")] = "fla-core,flashinfer",
+):
     copy, rate = ceilings()
-    rows, ratios = [], []
-    for heads in HEADS:
-        for name, lengths in BATCHES.items():
-            operands, seq = inputs(heads, lengths)
-            ms = replay_ms(lambda o=operands, s=seq: rule(*o, s, scale=128**-0.5, state_layout="vk"))
-            case = f"({heads[0]},{heads[1]}) {name}"
-            vllm, best = peer("prefill", case, "vllm-triton"), peer("prefill", case)
-            total = sum(lengths)
-            moved = total * (512 * heads[0] + 512 * heads[1] + 8 * heads[1]) + len(lengths) * heads[1] * 131072
-            flops = total * (heads[1] * 131072 + heads[0] * 32768)
-            floor = max(moved / copy / 1e9, flops / rate / 1e9)
-            ratios.append((vllm / ms, best / ms))
-            rows.append({"case": case, "ms": ms, "floor": floor, "vllm-triton": vllm, "vllm/ours": vllm / ms,
-                         "fastest peer": best, "peer/ours": best / ms})  # fmt: skip
-    mean = [math.exp(sum(math.log(r[i]) for r in ratios) / len(ratios)) for i in (0, 1)]
-    olmo, seq = inputs((30, 30), [8192], 96, 192, 2.0)
-    ours = replay_ms(lambda: rule(*olmo, seq, scale=96**-0.5, state_layout="vk"))
-    theirs = fla(olmo, seq, (30, 30), 96)
-    fla_ms = None if theirs is None else eager_ms(theirs)
+    name, asked = ("delta_rule", None) if provider == "default" else (f"delta_rule_{provider}", provider)
+    wanted, notes, rows, skipped = peers.split(","), [], [], []
+    cases = [(f"({h[0]},{h[1]}) {b}", h, lengths, 128, 128, 1.0) for h in HEADS for b, lengths in BATCHES.items()]
+    cases += [(f"OLMo (30,30) {b}", (30, 30), lengths, 96, 192, 2.0) for b, lengths in OLMO.items()]
+    for case in cases:
+        try:
+            rows.append(row(*case, asked, wanted, (copy, rate), notes))
+        except gdnir.GdnirError as refusal:
+            skipped.append(f"{case[0]}: left out. {' '.join(str(refusal).split())}")
+        torch.cuda.empty_cache()
+    if not rows:
+        raise SystemExit("\n".join(skipped))
+    main_rows = [r for r in rows if not r["case"].startswith("OLMo")]
+    used = sorted({r["fastest"] for r in main_rows if r["fastest"]})
     notes = [
-        f"copy {copy:.2f} TB/s, bf16 product {rate:.0f} TFLOP/s",
-        f"geometric mean: {mean[0]:.2f}x vllm-triton (bar 1.7), {mean[1]:.2f}x the fastest peer; "
-        f"slowest row {min(r[0] for r in ratios):.2f}x vllm-triton (bar 1), {min(r[1] for r in ratios):.2f}x the fastest peer",
-        f"OLMo-hybrid, 30 heads, K 96, V 192, 8192 tokens: {ours:.3f} ms, fla-core {fla_ms} ms (same run, events)",
+        f"copy {copy:.2f} TB/s, bf16 product {rate:.0f} TFLOP/s; ratios are the peer's time over ours",
+        f"geometric mean over the rows of K = V = 128, fastest of {', '.join(used) or 'no peer'}: "
+        f"{mean(r['fastest/ours'] for r in main_rows)}",
+        f"fla-core of this run: {mean(r['fla-core/ours'] for r in main_rows)}; "
+        f"vllm-triton as published for an H200 (bar 1.7, least 1): {mean(r['vllm/ours'] for r in main_rows)}",
+        "published times are part of these ratios"
+        if is_h200()
+        else "this card is no H200: published times are printed, no ratio uses them",
+        *skipped,
+        *notes,
     ]
-    report(f"delta_rule_{provider}", rows, notes, out)
+    report(name, rows, notes, out, copy)
 
 
 if __name__ == "__main__":

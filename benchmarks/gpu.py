@@ -10,6 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 import gdnir
+from gdnir.lowering import Lowering, find
+from gdnir.lowering.choose import Target, choose
+from gdnir.lowering.eager import operand_type
+from gdnir.op import lookup
+from gdnir.platforms import detect
 
 HERE = Path(__file__).parent
 PEERS = json.loads((HERE / "peers_h200.json").read_text())["rows"]
@@ -60,6 +65,20 @@ def peer(part, case, *names):
     return min(found, default=None)
 
 
+def is_h200():
+    """Whether this card is the one that peers_h200.json was measured on."""
+    return "H200" in torch.cuda.get_device_name()
+
+
+def chosen(name, operands, attrs, provider=None) -> Lowering:
+    """The lowering of an op that gdnir chooses for these tensors on this device, or `provider`'s; LoweringError if it
+    refuses them."""
+    op = lookup(name)
+    types = [operand_type(name, slot, x, attrs) for slot, x in zip(op.slots(len(operands)), operands, strict=True)]
+    target = Target(detect("cuda"), {name: (provider,)} if provider else {})
+    return find(name, choose(op, types, attrs, target).provider)
+
+
 def environment():
     """What a figure depends on."""
     import triton
@@ -76,17 +95,17 @@ def environment():
     }
 
 
-def report(name, rows, notes=(), out=HERE / "results"):
-    """Print the rows (dicts with the same keys) as a table and write them as `out`/`name`.json."""
+def report(name, rows, notes=(), out=HERE / "results", copy=None):
+    """Print the rows (dicts with the same keys) as a table and write them, with the copy's TB/s, as `out`/`name`.json."""
     table = Table(title=name)
     for key in rows[0]:
         table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
     for row in rows:
         table.add_row(*("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console = Console(width=160)
+    console = Console(width=200)
     console.print(table)
     for note in notes:
         console.print(note)
     Path(out).mkdir(parents=True, exist_ok=True)
-    document = {"name": name, "environment": environment(), "notes": list(notes), "rows": rows}
+    document = {"name": name, "environment": environment(), "copy TB/s": copy, "notes": list(notes), "rows": rows}
     (Path(out) / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -17,7 +17,7 @@ import gdnir
 from gdnir import plugins
 from gdnir.errors import GdnirError, closest
 from gdnir.ir import attr_text, normal_attr
-from gdnir.lowering import LOWERINGS, providers
+from gdnir.lowering import LOWERINGS, providers, tables
 from gdnir.models import builtins
 from gdnir.models.config import ALIASES
 from gdnir.op import OPS
@@ -72,6 +72,9 @@ def list_providers(platform: PlatformOption = None, plugin: PluginOption = None)
                 lowering = known[provider]
                 reason = lowering.available(target) if lowering.available else None
                 print(f"  {op:18} {lowering.origin}" + (f"\n    not here: {reason}" if reason else ""))
+    print("\nblock sizes by kind of GPU, gdnir/lowering/tables")
+    for path in sorted(tables.FOLDER.glob("*.json")):
+        print(f"  {path.stem}: {', '.join(json.loads(path.read_text()))}")
     print("\nplugins")
     for p in plugins.installed():
         print(

@@ -82,6 +82,10 @@ class RegistryError(GdnirError, ValueError):
     """An op, a lowering, a pass or a platform cannot be registered as asked."""
 
 
+class TableError(GdnirError, ValueError):
+    """A table of block sizes says what the kernels have no code for."""
+
+
 class LoweringError(GdnirError, RuntimeError):
     """No provider may take a node, or an explicit request for one cannot be met."""
 

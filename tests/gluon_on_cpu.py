@@ -57,6 +57,10 @@ class Shared:
     def __init__(self, get, layout=None):
         self.get, self.layout = get, layout
 
+    @property
+    def dtype(self):
+        return self.get().dtype
+
     def index(self, i):
         return Shared(lambda: self.get()[int(i)])
 
@@ -181,7 +185,7 @@ class Wgmma:
 
     def run(self):
         a = self.a.get() if isinstance(self.a, Shared) else self.a
-        assert a.dtype == self.b.get().dtype == torch.bfloat16
+        assert a.dtype == self.b.get().dtype in (torch.bfloat16, torch.float16)
         acc = self.acc.value if isinstance(self.acc, Wgmma) else self.acc
         product = a.float() @ self.b.get().float()
         self.value = product if acc is None else acc + product
@@ -299,7 +303,7 @@ class Launched:
             "_wait_for_primary": lambda: None,
             "_opaque_zero": lambda c: 0,
             "_after": lambda x, zero: x,
-            "_after_bf16": lambda x, zero: x,
+            "_after_16": lambda x, zero: x,
         }
         arguments = [self.argument(x) for x in args]
         options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg", "launch_pdl")}
@@ -311,6 +315,7 @@ class Launched:
         if isinstance(x, torch.Tensor):
             return pointer(x)
         if hasattr(x, "block_shape"):
+            x.dtype = x.base.dtype
             return x
         return torch.tensor(x, dtype=torch.int64 if isinstance(x, int) else torch.float32)
 

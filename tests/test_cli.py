@@ -118,7 +118,7 @@ def test_run_can_fail(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["ops"], "gated_delta_rule"), (["ops", "conv_prep"], "one read of the activations"), (["providers"], "native"),
+    (["ops"], "gated_delta_rule"), (["ops", "conv_prep"], "one read of the activations"), (["providers"], "native"), (["providers"], "triton_rule: default, "),
     (["passes"], "default pipeline: fold-weights"), (["models"], "qwen3.5-27b"), (["collect-env"], "torch 2."),
     (["platforms"], "this machine: "), (["--version"], gdnir.__version__),
 ])  # fmt: skip

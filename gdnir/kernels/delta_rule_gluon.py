@@ -1,4 +1,5 @@
-"""Gated delta rule over packed sequences on Hopper (sm_90a): bf16, K = V = 128, chunks of 64 tokens, states in place.
+"""Gated delta rule over packed sequences on Hopper (sm_90a): bf16 or f16, K = V = 128, chunks of 64 tokens, states in
+place.
 
 With S [V,K] (f32, in registers for a whole sequence), log2 gates G summed from the chunk's start, and T = ((I + tril(
 diag(beta) K K^T, -1))^-1 * exp2(G_i - G_j)) diag(beta):
@@ -8,7 +9,7 @@ diag(beta) K K^T, -1))^-1 * exp2(G_i - G_j)) diag(beta):
 V is the M dimension of every product, so that S, W and NV enter the wgmmas as register operands.
 
 delta_rule_gluon_prep_kernel computes T and the gates, delta_rule_gluon_kernel the rest. Between them:
-  transform bf16 [chunks * HV * 64, 64]: T of chunk number c and head h is the tile from row (c HV + h) 64.
+  transform, of q's type, [chunks * HV * 64, 64]: T of chunk number c and head h is the tile from row (c HV + h) 64.
   gates f32 [chunks * HV * 256]: of (c, h) four rows of 64: G, exp2(G), exp2(G_last - G) in the order of _gate_row, and G.
   Chunk c of sequence n has the number start_n // 64 + n + c, which no other chunk has; some numbers are free.
 Rows of a last chunk behind its sequence's end: zero in T, rows and columns, and G stays what it was.
@@ -27,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .delta_rule_gluon_prep import _barrier, _wait_for_primary
 
-# What descriptors of [64, 64] tiles of bf16, and of the gates, are made with.
+# What descriptors of [64, 64] tiles, and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -70,9 +71,10 @@ def _after(x, zero):
 
 
 @gluon.jit
-def _after_bf16(x, zero):
+def _after_16(x, zero):
+    """_after for numbers of 16 bits."""
     return gl.inline_asm_elementwise(
-        "add.u32 $0, $1, $2; // $3", "=r,r,r,r", [x, zero], dtype=gl.bfloat16, is_pure=True, pack=2
+        "add.u32 $0, $1, $2; // $3", "=r,r,r,r", [x, zero], dtype=x.dtype, is_pure=True, pack=2
     )
 
 
@@ -159,7 +161,7 @@ def _p_chunk(sQ, sK, sG, sP, full, empty, pfull, c, s, ph, i, z, rr, cc, lscale,
         mask = (rr + (c >> 26))[:, None] >= cc[None, :]
         e = gl.exp2(gl.where(mask, gr[:, None] - _gate_row(g, 0, ci)[None, :], float("-inf")))
     P = warpgroup_mma_wait(0, [P])
-    sP.index(i).store((P * e).to(gl.bfloat16))
+    sP.index(i).store((P * e).to(sP.dtype))
     fence_async_shared()
     _barrier()
     mbarrier.arrive(pfull.index(i), count=1)
@@ -189,7 +191,7 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, 
     if left > 0:
         B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         row = gl.arange(0, 64, gl.SliceLayout(1, B))[:, None]
-        zero = gl.zeros([64, 64], gl.bfloat16, B)
+        zero = gl.zeros([64, 64], sK.dtype, B)
         mbarrier.wait(full.index(NSTG), 0)
         for j in gl.static_range(2):
             sK.index(2 * s + j).store(gl.where(row < left, sK.index(2 * s + j).load(B), zero))
@@ -232,7 +234,7 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
                  VS: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """1 warpgroup, 64 rows of V, scheduled for latency. The state is kept in two halves of K (S0, S1), so that one is rounded
-    to bf16 while the other is updated; the loop starts where NV is ready and no wgmma is in flight, and every group of wgmmas
+    to 16 bits while the other is updated; the loop starts where NV is ready and no wgmma is in flight, and every group of wgmmas
     has other work in its shadow: O1 scaling and P NV under the state update, O's epilogue under S K^T, S scaling under NV."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
@@ -255,8 +257,8 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         e = _gate_row(g, 1, ci)[None, :]
         glast = g.slice(127, 1).load(rs)[:, None]
         d = _gate_row(g, 2, ci)[None, :]
-        B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
-        B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
+        B0 = gl.convert_layout(S0.to(sV.dtype), A)
+        B1 = gl.convert_layout(S1.to(sV.dtype), A)
         SK = warpgroup_mma(B0, sK.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
         SK = warpgroup_mma(B1, sK.index(1).permute((1, 0)), SK, is_async=True)
         O1 = warpgroup_mma(B0, sQ.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
@@ -264,7 +266,7 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         S0 = S0 * glast
         S1 = S1 * glast
         SK = warpgroup_mma_wait(2, [SK])
-        W = gl.convert_layout((v.to(gl.float32) - SK * e).to(gl.bfloat16), A)
+        W = gl.convert_layout((v.to(gl.float32) - SK * e).to(sV.dtype), A)
         NV = warpgroup_mma(W, sT.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
         mbarrier.wait(pfull.index(1), 0, pred=nch > 1)
         NV, O1 = warpgroup_mma_wait(0, [NV, O1])
@@ -282,33 +284,33 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
             e1 = _gate_row(g, 1, ci)[None, :]
             glast = g.slice(127, 1).load(rs)[:, None]
             # state update of chunk c
-            NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A)
+            NVd = gl.convert_layout((NV * d).to(sV.dtype), A)
             S0 = warpgroup_mma(NVd, sK.index(2 * s), S0, is_async=True)
             S1 = warpgroup_mma(NVd, sK.index(2 * s + 1), S1, is_async=True)
             es = e * _after(scale, _opaque_zero(c))
             O1, NV = warpgroup_mma_wait(2, [O1, NV])
-            NVb = gl.convert_layout(NV.to(gl.bfloat16), A)
+            NVb = gl.convert_layout(NV.to(sV.dtype), A)
             O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O1 * es, is_async=True)
             # S K^T and S Q^T of chunk c+1
             S0 = warpgroup_mma_wait(2, [S0])
-            B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
+            B0 = gl.convert_layout(S0.to(sV.dtype), A)
             SK = warpgroup_mma(B0, sK.index(2 * s1).permute((1, 0)), z, use_acc=False, is_async=True)
             S1 = warpgroup_mma_wait(2, [S1])
-            B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
+            B1 = gl.convert_layout(S1.to(sV.dtype), A)
             SK = warpgroup_mma(B1, sK.index(2 * s1 + 1).permute((1, 0)), SK, is_async=True)
             O1 = warpgroup_mma(B0, sQ.index(2 * s1).permute((1, 0)), z, use_acc=False, is_async=True)
             O1 = warpgroup_mma(B1, sQ.index(2 * s1 + 1).permute((1, 0)), O1, is_async=True)
             e = e1
             # O of chunk c leaves through its V tile; then its stage is free
             O = warpgroup_mma_wait(4, [O])
-            sV.index(s * NWG + WG).permute((1, 0)).store(O.to(gl.bfloat16))
+            sV.index(s * NWG + WG).permute((1, 0)).store(O.to(sV.dtype))
             _barrier()
             mbarrier.arrive(empty.index(s), count=1)
             _barrier()
-            v1 = _after_bf16(v1, _opaque_zero(c))
+            v1 = _after_16(v1, _opaque_zero(c))
             SK = warpgroup_mma_wait(2, [SK])
             d = _gate_row(g, 2, ci)[None, :]
-            W = gl.convert_layout((v1.to(gl.float32) - SK * e).to(gl.bfloat16), A)
+            W = gl.convert_layout((v1.to(gl.float32) - SK * e).to(sV.dtype), A)
             NV = warpgroup_mma(W, sT.index(s1).permute((1, 0)), z, use_acc=False, is_async=True)
             glast = _after(glast, _opaque_zero(c))
             S0 = S0 * glast
@@ -322,18 +324,18 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
             wrap = i2 == NP - 1
             i2 = gl.where(wrap, 0, i2 + 1)
             pph = gl.where(wrap, pph ^ 1, pph)
-        NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A)
+        NVd = gl.convert_layout((NV * d).to(sV.dtype), A)
         S0 = warpgroup_mma(NVd, sK.index(2 * s), S0, is_async=True)
         S1 = warpgroup_mma(NVd, sK.index(2 * s + 1), S1, is_async=True)
         O1, NV = warpgroup_mma_wait(2, [O1, NV])
-        NVb = gl.convert_layout(NV.to(gl.bfloat16), A)
+        NVb = gl.convert_layout(NV.to(sV.dtype), A)
         O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O1 * (e * scale), is_async=True)
         S0 = warpgroup_mma_wait(2, [S0])
         _store_rows(ends, S0, rows, columns, WG, VS, KS)
         S1 = warpgroup_mma_wait(1, [S1])
         _store_rows(ends, S1, rows, columns + 64, WG, VS, KS)
         O = warpgroup_mma_wait(0, [O])
-        sV.index(s * NWG + WG).permute((1, 0)).store(O.to(gl.bfloat16))
+        sV.index(s * NWG + WG).permute((1, 0)).store(O.to(sV.dtype))
         _barrier()
         mbarrier.arrive(empty.index(s), count=1)
 
@@ -350,8 +352,8 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
     ci: gl.constexpr = gl.SliceLayout(0, L64)
     rs: gl.constexpr = gl.SliceLayout(1, L128)
     # two 64 x 64 tiles side by side are one 64 x 128 tile
-    sQ = sQ2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sQ2.layout)
-    sK = sK2._reinterpret(gl.bfloat16, [NSTG, 64, 128], sK2.layout)
+    sQ = sQ2._reinterpret(sQ2.dtype, [NSTG, 64, 128], sQ2.layout)
+    sK = sK2._reinterpret(sK2.dtype, [NSTG, 64, 128], sK2.layout)
     rows = gl.arange(0, 64, rs)[:, None]
     columns = gl.arange(0, 128, gl.SliceLayout(0, L128))[None, :]
     S = _load_rows(ends, rows, columns, WG, VS, KS, CUT)
@@ -369,11 +371,11 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         v = o_s.load(L64)
         e = _gate_row(g, 1, ci)[None, :]
         glast = g.slice(127, 1).load(rs)[:, None]
-        Sb = gl.convert_layout(S.to(gl.bfloat16), A64)
+        Sb = gl.convert_layout(S.to(sV.dtype), A64)
         SK = warpgroup_mma(Sb, k_s.permute((1, 0)), z, use_acc=False, is_async=True)
         O = warpgroup_mma(Sb, sQ.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
         SK = warpgroup_mma_wait(1, [SK])
-        W = gl.convert_layout((v.to(gl.float32) - SK * e).to(gl.bfloat16), A64)
+        W = gl.convert_layout((v.to(gl.float32) - SK * e).to(sV.dtype), A64)
         NV = warpgroup_mma(W, sT.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
         S = S * _after(glast, _opaque_zero(c))
         mbarrier.wait(pfull.index(i), pph)
@@ -381,13 +383,13 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         O = warpgroup_mma_wait(1, [O])
         O = O * (_gate_row(g, 1, ci)[None, :] * scale)
         NV = warpgroup_mma_wait(0, [NV])
-        NVb = gl.convert_layout(NV.to(gl.bfloat16), A64)
+        NVb = gl.convert_layout(NV.to(sV.dtype), A64)
         O = warpgroup_mma(NVb, sP.index(i).permute((1, 0)), O, is_async=True)
-        NVd = gl.convert_layout((NV * d).to(gl.bfloat16), A128)
+        NVd = gl.convert_layout((NV * d).to(sV.dtype), A128)
         S = warpgroup_mma(NVd, k_s, S, is_async=True)
         # O leaves through the V tile
         O = warpgroup_mma_wait(1, [O])
-        o_s.store(O.to(gl.bfloat16))
+        o_s.store(O.to(sV.dtype))
         S = warpgroup_mma_wait(0, [S])
         _barrier()
         mbarrier.arrive(empty.index(s), count=1)
@@ -481,12 +483,12 @@ def delta_rule_gluon_kernel(
     whole = nch - (left > 0).to(gl.int32)
     tail = gl.where(left > 0, whole, -1)
     tile0 = (start // 64 + n + first) * HV + hv
-    sQ = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
-    sK = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
-    sV = gl.allocate_shared_memory(gl.bfloat16, [NSTG * NWG, 64, 64], v_d.layout)
-    sT = gl.allocate_shared_memory(gl.bfloat16, [NSTG, 64, 64], v_d.layout)
+    sQ = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
+    sK = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
+    sV = gl.allocate_shared_memory(k_d.dtype, [NSTG * NWG, 64, 64], v_d.layout)
+    sT = gl.allocate_shared_memory(k_d.dtype, [NSTG, 64, 64], v_d.layout)
     sG = gl.allocate_shared_memory(gl.float32, [NSTG, 256], g_d.layout)
-    sP = gl.allocate_shared_memory(gl.bfloat16, [NP, 64, 64], v_d.layout)
+    sP = gl.allocate_shared_memory(k_d.dtype, [NP, 64, 64], v_d.layout)
     full = gl.allocate_shared_memory(gl.int64, [NSTG + 1, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NSTG, 1], mbarrier.MBarrierLayout())
     pfull = gl.allocate_shared_memory(gl.int64, [NP, 1], mbarrier.MBarrierLayout())

@@ -11,7 +11,7 @@ of what is needed on the right the transpose is computed beside it. No barrier w
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
 _VARYING = ["T", "N", "S", "stride_wn"]
@@ -25,16 +25,6 @@ ROWS = gl.constexpr(gl.SliceLayout(1, BLOCK.value))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, BLOCK.value))
 TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 TILE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
-# 16 keys, 32 of their channels: 16 bytes of each of two keys for a thread. Which product a channel takes part in is all one.
-KEYS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[],
-        block_bases=[],
-        shape=[16, 32],
-    )
-)
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PRODUCTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
@@ -113,29 +103,33 @@ def _invert_block(gram, beta_row, beta_column, row, column, zero):
 
 
 @gluon.jit
-def _gram(k, stride_kt, left, kept):
-    """K K^T: its blocks (a, b), a <= b, at b (b + 1) / 2 + a of `kept`, in f16. The rows behind `left` are the next sequence's,
-    of which even a NaN must not matter."""
+def _clear_rows(tiles, left):
+    """Zeros in the rows behind `left`: they are the next sequence's, of which even a NaN must not matter."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
+    zero = gl.zeros([64, 64], tiles.dtype, TILE)
+    for j in gl.static_range(2):
+        tiles.index(j).store(gl.where(row < left, tiles.index(j).load(TILE), zero))
+    _barrier()
+
+
+@gluon.jit
+def _gram(keys, kept):
+    """K K^T: its blocks (a, b), a <= b, at b (b + 1) / 2 + a of `kept`, in f16. keys: two tiles of 64 channels."""
     zero = gl.zeros([16, 16], gl.float32, BLOCK)
-    row = gl.arange(0, 16, gl.SliceLayout(1, KEYS))[:, None]
-    channel = gl.arange(0, 32, gl.SliceLayout(0, KEYS))[None, :]
     gram = ()
     for _ in gl.static_range(10):
         gram = gram + (zero,)
-    for k0 in gl.static_range(0, 128, 32):
-        keys = ()
-        turned = ()
+    for k0 in gl.static_range(0, 128, 16):
+        channels = keys.index(k0 // 64).slice(k0 % 64, 16, dim=1)
+        left = ()
+        right = ()
         for a in gl.static_range(4):
-            at = k + (a * 16 + row).to(gl.int64) * stride_kt + k0 + channel
-            part = gl.load(at, mask=a * 16 + row < left, other=0.0)
-            part = part.reshape([16, 4, 2, 2, 2]).permute((0, 2, 3, 1, 4)).reshape([16, 32])
-            part = gl.convert_layout(part, LEFT, assert_trivial=True)
-            keys = keys + (part,)
-            turned = turned + (_turned(part),)
+            left = left + (channels.slice(a * 16, 16, dim=0).load(LEFT),)
+            right = right + (_turned(left[a]),)
         sums = ()
         for b in gl.static_range(4):
             for a in gl.static_range(b + 1):
-                sums = sums + (mma_v2(keys[a], turned[b], gram[b * (b + 1) // 2 + a]),)
+                sums = sums + (mma_v2(left[a], right[b], gram[b * (b + 1) // 2 + a]),)
         gram = sums
     for i in gl.static_range(10):
         kept.index(i).store(gram[i].to(gl.float16))
@@ -196,18 +190,18 @@ def _store_transform(gram, vectors, out):
     _barrier()
     for a in gl.static_range(4):
         for b in gl.static_range(4):
-            tile = gl.zeros([16, 16], gl.bfloat16, BLOCK)
+            tile = gl.zeros([16, 16], out.dtype, BLOCK)
             if a >= b:
                 decay = gl.exp2(sum_row[a] - sum_column[b])
                 if a == b:
                     decay = gl.where(row >= column, decay, 0.0)
-                tile = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(gl.bfloat16)
+                tile = (inverse[a * (a + 1) // 2 + b] * (decay * beta_column[b])).to(out.dtype)
             out.slice(a * 16, 16, dim=0).slice(b * 16, 16, dim=1).store(tile)
 
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_gluon_prep_kernel(
-    k,
+    k_d,
     t_d,
     g,
     beta,
@@ -220,8 +214,6 @@ def delta_rule_gluon_prep_kernel(
     T,
     N,
     S,
-    stride_kt,
-    stride_kh,
     stride_gt,
     stride_gh,
     stride_bt,
@@ -234,8 +226,8 @@ def delta_rule_gluon_prep_kernel(
     """T and gates of one chunk and HEADS value heads of one key head; zeros in o where a chunk has no live sequence.
     (T // 64 + N + 1) HV / HEADS programs.
 
-    k [T,H,128] through its strides, g, beta [T,HV] f32 through theirs, o [T,HV,128] contiguous; t_d: a descriptor with boxes of
-    64 x 64 over T; T and gates as in delta_rule_gluon.py.
+    k_d and t_d: descriptors with boxes of 64 x 64 over k [T, H 128] and T; g, beta [T,HV] f32 through their strides, o
+    [T,HV,128] contiguous; T and gates as in delta_rule_gluon.py.
     """
     _launch_dependents()
     pid = gl.program_id(0)
@@ -252,7 +244,14 @@ def delta_rule_gluon_prep_kernel(
     left = end - t0
     if (c >= 0) & (left > 0):
         if (read >= 0) & (read < S):
-            transform = gl.allocate_shared_memory(gl.bfloat16, [64, 64], t_d.layout)
+            keys = gl.allocate_shared_memory(k_d.dtype, [2, 64, 64], k_d.layout)
+            transform = keys.index(0)  # all that is needed of the keys by then is their products
+            loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+            mbarrier.init(loaded, count=1)
+            fence_async_shared()
+            mbarrier.expect(loaded, 2 * 64 * 64 * 2)
+            for j in gl.static_range(2):
+                tma.async_copy_global_to_shared(k_d, [t0, h0 // (HV // H) * 128 + 64 * j], loaded, keys.index(j))
             gram = gl.allocate_shared_memory(gl.float16, [10, 16, 16], PRODUCTS)
             vectors = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
             i = gl.arange(0, 64, TOKENS)
@@ -260,7 +259,10 @@ def delta_rule_gluon_prep_kernel(
             beta_at = beta + (t0 + i).to(gl.int64) * stride_bt + h0 * stride_bh
             log2 = gl.load(g_at, mask=i < left, other=0.0) * 1.4426950408889634
             strength = gl.load(beta_at, mask=i < left, other=0.0)
-            _gram(k + t0.to(gl.int64) * stride_kt + h0 // (HV // H) * stride_kh, stride_kt, left, gram)
+            mbarrier.wait(loaded, 0)
+            if left < 64:
+                _clear_rows(keys, left)
+            _gram(keys, gram)
             for j in range(HEADS):
                 tile = number * HV + h0 + j
                 total = gl.associative_scan(gl.maximum(log2, -160.0), 0, _add)
@@ -281,6 +283,6 @@ def delta_rule_gluon_prep_kernel(
             token = t0 + gl.arange(0, 64, gl.SliceLayout(1, TILE))
             channel = gl.arange(0, 64, gl.SliceLayout(0, TILE))
             at_o = o + (token.to(gl.int64)[:, None] * HV + h0) * 128 + channel[None, :]
-            zeros = gl.zeros([64, 64], gl.bfloat16, TILE)
+            zeros = gl.zeros([64, 64], o.dtype.element_ty, TILE)
             for j in range(2 * HEADS):
                 gl.store(at_o + 64 * j, zeros, mask=(token < end)[:, None])

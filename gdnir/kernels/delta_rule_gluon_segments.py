@@ -2,14 +2,14 @@
 
 A segment takes a state S to S M + H: H is its end from zero and M (K x K) that of the identity with V = 0. So all segments
 but the last are followed at the same time (delta_rule_gluon_summary_kernel), without their outputs, then each start is
-found from the one before (delta_rule_gluon_starts_kernel). M is rounded to bf16, whose error fades with what it multiplies;
-S is multiplied in two parts of bf16, and what is carried over all segments is f32.
+found from the one before (delta_rule_gluon_starts_kernel). M is rounded to the keys' type, whose error fades with what it multiplies;
+S is multiplied in two parts of it, and what is carried over all segments is f32.
 
 A sequence of more than `segment` chunks is cut. Its segment j + 1 has the slot start // (64 segment) + j, of which there are
 T // (64 segment): one less than segments, so that no two sequences' meet.
   starts f32 [2 slots,HV,V,K]: the end of the first segment and H of the next ones, then where a slot's segment starts; from
     [slots] on, at a sequence's first slot, where its first segment does: the pool's slot may be overwritten by the last one.
-  steps bf16 [slots,HV,K,K]: M of the segment before a slot's.
+  steps, of the keys' type, [slots,HV,K,K]: M of the segment before a slot's.
 """
 
 import triton.experimental.gluon.language as gl
@@ -83,17 +83,17 @@ def _summary_chain(h0_ptr, stateful, copy_ptr, start_ptr, step_ptr, kind, active
         e = _gate_row(g, 1, ci)[None, :]
         d = _gate_row(g, 2, ci)[None, :]
         fade = g.slice(127, 1).load(rs)[:, None]
-        B0 = gl.convert_layout(S0.to(gl.bfloat16), A)
-        B1 = gl.convert_layout(S1.to(gl.bfloat16), A)
+        B0 = gl.convert_layout(S0.to(sK.dtype), A)
+        B1 = gl.convert_layout(S1.to(sK.dtype), A)
         SK = warpgroup_mma(B0, sK.index(2 * s).permute((1, 0)), z, use_acc=False, is_async=True)
         SK = warpgroup_mma(B1, sK.index(2 * s + 1).permute((1, 0)), SK, is_async=True)
         S0 = S0 * fade
         S1 = S1 * fade
         SK = warpgroup_mma_wait(0, [SK])
-        W = gl.convert_layout((v - SK * e).to(gl.bfloat16), A)
+        W = gl.convert_layout((v - SK * e).to(sK.dtype), A)
         NV = warpgroup_mma(W, sT.index(s).permute((1, 0)), z, use_acc=False, is_async=True)
         NV = warpgroup_mma_wait(0, [NV])
-        NV = gl.convert_layout((NV * d).to(gl.bfloat16), A)
+        NV = gl.convert_layout((NV * d).to(sK.dtype), A)
         S0 = warpgroup_mma(NV, sK.index(2 * s), S0, is_async=True)
         S1 = warpgroup_mma(NV, sK.index(2 * s + 1), S1, is_async=True)
         S0, S1 = warpgroup_mma_wait(0, [S0, S1])
@@ -105,8 +105,8 @@ def _summary_chain(h0_ptr, stateful, copy_ptr, start_ptr, step_ptr, kind, active
     at = rows * 128 + columns
     gl.store(start_ptr + at, S0, mask=active & (kind != 2))
     gl.store(start_ptr + at + 64, S1, mask=active & (kind != 2))
-    gl.store(step_ptr + at, S0.to(gl.bfloat16), mask=active & step)
-    gl.store(step_ptr + at + 64, S1.to(gl.bfloat16), mask=active & step)
+    gl.store(step_ptr + at, S0.to(sK.dtype), mask=active & step)
+    gl.store(step_ptr + at + 64, S1.to(sK.dtype), mask=active & step)
 
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
@@ -165,9 +165,9 @@ def delta_rule_gluon_summary_kernel(
     start_ptr = starts + slot * 16384 + vh * 8192
     copy_ptr = start_ptr + slots.to(gl.int64) * HV * 16384
     step_ptr = steps + slot * 16384 + vh * 8192
-    sK = gl.allocate_shared_memory(gl.bfloat16, [NSTG * 2, 64, 64], k_d.layout)
-    sV = gl.allocate_shared_memory(gl.bfloat16, [NSTG, 64, 64], v_d.layout)
-    sT = gl.allocate_shared_memory(gl.bfloat16, [NSTG, 64, 64], v_d.layout)
+    sK = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
+    sV = gl.allocate_shared_memory(k_d.dtype, [NSTG, 64, 64], v_d.layout)
+    sT = gl.allocate_shared_memory(k_d.dtype, [NSTG, 64, 64], v_d.layout)
     sG = gl.allocate_shared_memory(gl.float32, [NSTG, 256], g_d.layout)
     full = gl.allocate_shared_memory(gl.int64, [NSTG, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NSTG, 1], mbarrier.MBarrierLayout())
@@ -206,7 +206,7 @@ def delta_rule_gluon_starts_kernel(
     """64 of the 128 rows of one cut sequence and head. 2 N HV programs.
 
     starts f32 [slots,HV,128,128]: the end of the first segment and each next one's H; then each segment's start. steps_d: a
-    descriptor with boxes of 64 x 64 over M, bf16 [slots,HV,128,128]. Slots as in delta_rule_gluon.py.
+    descriptor with boxes of 64 x 64 over M [slots,HV,128,128]. Slots as in delta_rule_gluon.py.
     """
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
@@ -223,7 +223,7 @@ def delta_rule_gluon_starts_kernel(
     # The last segment ends in the pool, and needs no slot; the first slot is a start as it is.
     slots = (chunks + segment - 1) // segment - 1
     slots = gl.where((chunks > segment) & (read >= 0) & (read < S), slots, 0)
-    sM = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, 64, 64], steps_d.layout)
+    sM = gl.allocate_shared_memory(steps_d.dtype, [STAGES * 4, 64, 64], steps_d.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -244,9 +244,9 @@ def delta_rule_gluon_starts_kernel(
         s = 0
         ph = 0
         for j in range(1, slots):
-            upper0, upper1 = S0.to(gl.bfloat16), S1.to(gl.bfloat16)
-            lower0 = gl.convert_layout((S0 - upper0.to(gl.float32)).to(gl.bfloat16), A)
-            lower1 = gl.convert_layout((S1 - upper1.to(gl.float32)).to(gl.bfloat16), A)
+            upper0, upper1 = S0.to(sM.dtype), S1.to(sM.dtype)
+            lower0 = gl.convert_layout((S0 - upper0.to(gl.float32)).to(sM.dtype), A)
+            lower1 = gl.convert_layout((S1 - upper1.to(gl.float32)).to(sM.dtype), A)
             upper0, upper1 = gl.convert_layout(upper0, A), gl.convert_layout(upper1, A)
             mbarrier.wait(full.index(s), ph)
             M = s * 4

@@ -44,8 +44,8 @@ def _fits(
 ) -> str | None:
     if seq.phase != "prefill":
         return f"the batch's phase is {seq.phase}, want prefill."
-    if v.dtype != "bf16" or q.dtype != "bf16":
-        return f"q is {q.dtype} and v is {v.dtype}, want bf16."
+    if v.dtype not in ("bf16", "f16") or q.dtype != v.dtype:
+        return f"q is {q.dtype} and v is {v.dtype}, want bf16 or f16, both the same."
     if (q.shape[-1], v.shape[-1]) != (HEAD, HEAD):
         return f"K is {q.shape[-1]} and V is {v.shape[-1]}, want {HEAD} and {HEAD}."
     if state_layout != "vk":
@@ -67,7 +67,7 @@ def _by_heads(
     scale: float,
     state_layout: str,
 ) -> Tensor:
-    return delta_rule_prefill(q, k, v, g, beta, state, seq, scale=scale, segment=segment_of_heads(v))
+    return delta_rule_prefill(q, k, v, g, beta, state, seq, scale=scale, segment=segment_of_heads(k, v))
 
 
 @lowers(ops.gated_delta_rule, "gluon", available=on_hopper, accepts=_fits, batch_invariant=_by_heads)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdnir.errors import ShapeError
 from gdnir.lowering.triton_launch import _on, _row_stride, _unit_last
+from gdnir.platforms import copy_bandwidth
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -25,8 +26,8 @@ SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4
 PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
 SUMMARY = {"NSTG": 3, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
 STARTS = {"STAGES": 4, "num_warps": 4, "launch_pdl": True}
-# 144 registers: 14 programs of one warp on each multiprocessor.
-PREP = {"num_warps": 1, "maxnreg": 144}
+# 200 registers: 8 programs of one warp on each multiprocessor. More of them with fewer registers are slower.
+PREP = {"num_warps": 1, "maxnreg": 200}
 PREP_FILL = 7
 
 
@@ -44,9 +45,9 @@ def delta_rule_prefill(
 ) -> Tensor:
     """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = scale S_t q_t   [arXiv:2412.06464, eq. 10]
 
-    q, k [T, H, 128], v [T, HV, 128] bf16: token strides that TMA takes (multiples of 16 bytes, heads side by side), others
+    q, k [T, H, 128], v [T, HV, 128] bf16 or f16: token strides that TMA takes (multiples of 16 bytes, heads side by side), others
     cost a copy. g, beta [T, HV] f32, state [S, HV, 128, 128] f32 or bf16, any strides, updated in place. f32 inside, the
-    operands of products are rounded to bf16. `segment`: chunks of a segment (0: no sequence is cut; None: as measured
+    operands of products are rounded to v's type. `segment`: chunks of a segment (0: no sequence is cut; None: as measured
     for the shapes). Returns o [T, HV, 128], contiguous. A slot >= S sets seq.error. Raises ShapeError beyond 2^23 heads x
     chunks.
     """
@@ -79,24 +80,25 @@ def delta_rule_prefill(
     transform = torch.empty((numbers * heads * CHUNK, CHUNK), dtype=v.dtype, device=v.device)
     gates = torch.empty((numbers * heads * 4 * CHUNK,), dtype=torch.float32, device=v.device)
     cu_seqlens, read_slots = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)
+    # as many rows of the longest one's length as there are tokens for
+    rows, chunks = min(count, -(-tokens // max(seq.max_len, 1))), -(-seq.max_len // CHUNK)
+    cores, bandwidth = _facts(v.device)
     if segment is None:
-        # as many rows of the longest one's length as there are tokens for
-        rows = min(count, -(-tokens // max(seq.max_len, 1)))
-        segment = _segment(rows, heads, -(-seq.max_len // CHUNK), _cores(v.device))
+        segment = _segment(rows, k.shape[1], heads, chunks, cores, bandwidth)
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
     starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
-    steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.bfloat16, device=v.device)
+    steps = torch.empty((slots, heads, HEAD, HEAD), dtype=v.dtype, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
     sizes = tokens, count, state.shape[0], slots, segment
     shape = {"H": k.shape[1], "HV": heads, "VS": state.stride(2), "KS": state.stride(3)}
     t_tiles = TensorDescriptor(transform, list(transform.shape), [CHUNK, 1], [CHUNK, CHUNK], kernels.TILE)
-    shared = _shared_heads(numbers * heads, heads // k.shape[1], _cores(v.device))
+    shared = _shared_heads(numbers * heads, heads // k.shape[1], cores)
     gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
     descriptors = tiles(q), tiles(k), tiles(v), t_tiles, gate_lines, tiles(o)
     with _on(v.device):
         prep.delta_rule_gluon_prep_kernel[((numbers + 1) * heads // shared,)](
-            k,
+            descriptors[1],
             t_tiles,
             g,
             beta,
@@ -109,8 +111,6 @@ def delta_rule_prefill(
             tokens,
             count,
             state.shape[0],
-            _row_stride(k),
-            k.stride(1),
             _row_stride(g),
             g.stride(1),
             _row_stride(beta),
@@ -150,7 +150,9 @@ def delta_rule_prefill(
                     **STARTS,
                 )
         units = (count + slots) * heads
-        schedule = SINGLE if 2 * units <= _cores(v.device) else PAIR
+        at_once = rows * -(-chunks // segment) if slots else count
+        single, pair = _output_us(at_once * heads, heads // k.shape[1], cores, bandwidth)
+        schedule = SINGLE if single <= pair else PAIR
         kernels.delta_rule_gluon_kernel[(units * (2 // schedule["NWG"]),)](
             *descriptors,
             o,
@@ -185,45 +187,56 @@ def _shared_heads(tiles: int, group: int, cores: int) -> int:
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))
 
 
-# Microseconds of a chunk, measured. FOLLOW: of 64 rows of a state without outputs, one or two programs on a core. OUTPUT: of
-# a program of SINGLE, of PAIR, and of PAIR on every core.
-FOLLOW_US = 0.87, 1.3
-OUTPUT_US = 1.17, 1.8, 2.0
+# Fitted to an H100's times. Microseconds of a chunk while memory keeps up: of a program of SINGLE, of PAIR, and of one or two
+# on a core that follow 64 rows of a state without outputs. Then the share of a large copy's bandwidth that each of them reaches.
+SINGLE_US, PAIR_US, FOLLOW_US = 1.13, 2.1, (0.87, 1.35)
+SINGLE_SHARE, PAIR_SHARE = 0.75, 0.88
+# Bytes of a chunk, v, T, gates and outputs or not, and those that the value heads of a key head share.
+OUTPUT_BYTES, FOLLOW_BYTES, QK_BYTES, K_BYTES = 41 << 10, 25 << 10, 32 << 10, 16 << 10
 # Of the launches for segments; of the one that finds their starts, and of its step from one to the next.
-LAUNCH_US, STARTS_US, STEP_US = 4.0, 2.0, 2.2
+LAUNCH_US, STARTS_US, STEP_US = 6.0, 2.0, 2.2
 
 
-def segment_of_heads(v: Tensor) -> int:
+def segment_of_heads(k: Tensor, v: Tensor) -> int:
     """Chunks of a segment for a batch whose rows must not know of each other: as for one row of 8192 tokens."""
-    return _segment(1, v.shape[1], 128, _cores(v.device))
+    return _segment(1, k.shape[1], v.shape[1], 128, *_facts(v.device))
+
+
+def _output_us(units: int, group: int, cores: int, bandwidth: float) -> tuple[float, float]:
+    """Microseconds of a chunk of this many heads at the same time, by SINGLE (infinite if they do not fit) and by PAIR."""
+    moved = (OUTPUT_BYTES + QK_BYTES / group) / bandwidth * 1e6
+    single = max(SINGLE_US, units * moved / SINGLE_SHARE) if 2 * units <= cores else math.inf
+    full, rest = divmod(units, cores)
+    pair = full * max(PAIR_US, cores * moved / PAIR_SHARE)
+    return single, pair + (max(PAIR_US, rest * moved / PAIR_SHARE) if rest else 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _segment(rows: int, heads: int, chunks: int, cores: int) -> int:
+def _segment(rows: int, key_heads: int, heads: int, chunks: int, cores: int, bandwidth: float) -> int:
     """Chunks of a segment, for `rows` sequences of this length; 0 if cutting them costs more than it saves."""
+    group = heads // key_heads
 
-    def output(units: int) -> float:
-        single, pair, full = OUTPUT_US
-        return single if 2 * units <= cores else units // cores * full + (pair if units % cores else 0)
-
-    def follow(programs: int) -> float:
+    def follow(count: int) -> float:
+        """All of the first count - 1 segments; those in the middle twice, for H and for M."""
+        waves, left = divmod(rows * heads * (4 * count - 6), 2 * cores)
         one, two = FOLLOW_US
-        waves, rest = divmod(programs, 2 * cores)
-        return waves * two + (two if rest > cores else one if rest else 0)
+        moved = rows * heads * (count - 1) * (FOLLOW_BYTES + K_BYTES / group) / bandwidth * 1e6
+        return max(waves * two + (two if left > cores else one if left else 0.0), moved / SINGLE_SHARE)
 
     def cost(count: int) -> float:
         """Microseconds if each is cut into this many segments."""
-        parallel = follow(rows * heads * (4 * count - 6)) + output(rows * heads * count)
-        return -(-chunks // count) * parallel + LAUNCH_US + (STARTS_US + (count - 2) * STEP_US if count > 2 else 0)
+        parallel = follow(count) + min(_output_us(rows * heads * count, group, cores, bandwidth))
+        return -(-chunks // count) * parallel + LAUNCH_US + (STARTS_US + (count - 2) * STEP_US if count > 2 else 0.0)
 
     best = min(range(2, min(chunks, 33)), key=cost, default=0)
-    return -(-chunks // best) if best and cost(best) < chunks * output(rows * heads) else 0
+    whole = chunks * min(_output_us(rows * heads, group, cores, bandwidth))
+    return -(-chunks // best) if best and cost(best) < whole else 0
 
 
 @functools.cache
-def _cores(device: torch.device) -> int:
-    """Streaming multiprocessors, of which each holds one program of either schedule."""
+def _facts(device: torch.device) -> tuple[int, float]:
+    """Streaming multiprocessors, of which each holds one program of either schedule; bytes/s of a large copy."""
     if device.type == "cpu":  # tests without a GPU
-        return 132
-    cores: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return cores
+        return 132, 4.27e12
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, copy_bandwidth(properties) or 4.27e12

@@ -1,7 +1,7 @@
 """Launch the Triton kernels on tensors: shapes to grids and blocks. No checks, no sync, no tuning at run time.
 
-Triton is imported by the first launch, not by this module. Blocks are fixed: the same launch gives the same bits,
-and nothing is compiled again when only the batch changes.
+Triton is imported by the first launch, not by this module. Blocks are fixed, `tables/triton_launch.json` has them: the same
+launch gives the same bits, and nothing is compiled again when only the batch changes.
 """
 
 from __future__ import annotations
@@ -12,19 +12,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gdnir.lowering import tables
+from gdnir.lowering.tables import pick
+
 if TYPE_CHECKING:
     from gdnir.seq import Seq
 
-# The prefill kernels hold STEP rows, and the next STEP, in registers, BYTES of each per thread: 8 bytes leave room for 16
-# warps on an SM of Hopper, 16 bytes for 8. 64 tokens by 128 channels a warp are then 3.9 waves at 8192 tokens and 8192
-# channels; what the last wave leaves empty costs up to 10 %.
-_CONV: dict[str, Any] = {"BYTES": 8, "BT": 64, "STEP": 16, "num_warps": 2}
-_PREP: dict[str, Any] = {"BYTES": 8, "BT": 64, "STEP": 8}  # as many warps as the widest head takes, up to 4
-_GATES = 512  # elements of g and of beta per program
-# In a `cw` state neighbouring channels are P elements apart: one or two channels a thread keep a warp inside few lines.
-_UPDATE = {"cw": {"BC": 256, "num_warps": 4}, "wc": {"BC": 512, "num_warps": 2}}
-# Elements of o per program of gated_rmsnorm: 32 rows at V = 128, one 16-byte read of o and of z per thread.
-_NORM = {"ELEMENTS": 4096, "num_warps": 16}
+_WARPS = 1, 2, 4, 8, 16
+_TABLES = tables.load(
+    "triton_launch",
+    {
+        # The prefill kernels hold STEP rows, and the next STEP, in registers, BYTES of each per thread: 8 bytes leave room
+        # for 16 warps on an SM of Hopper, 16 bytes for 8. 64 tokens by 128 channels a warp are then 3.9 waves at 8192
+        # tokens and 8192 channels; what the last wave leaves empty costs up to 10 %.
+        "conv": {"BYTES": (4, 8, 16), "BT": (32, 64, 128, 256), "STEP": (4, 8, 16, 32), "num_warps": _WARPS},
+        # as many warps as the widest head takes, up to 4
+        "prep": {"BYTES": (4, 8, 16), "BT": (32, 64, 128, 256), "STEP": (4, 8, 16, 32)},
+        "gates": {"BG": (256, 512, 1024, 2048)},  # elements of g and of beta per program
+        # In a `cw` state neighbouring channels are P elements apart: one or two channels a thread keep a warp in few lines.
+        "update_cw": {"BC": (64, 128, 256, 512, 1024), "num_warps": _WARPS},
+        "update_wc": {"BC": (64, 128, 256, 512, 1024), "num_warps": _WARPS},
+        # Elements of o per program of gated_rmsnorm: 32 rows at V = 128, one 16-byte read of o and of z per thread.
+        "norm": {"ELEMENTS": (1024, 2048, 4096, 8192, 16384), "num_warps": _WARPS},
+    },
+)
 
 
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
@@ -41,7 +52,8 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
     o, z, weight = _unit_last(o), _unit_last(z), weight.contiguous()
     tokens, heads, width = o.shape
     padded = _next_power_of_2(width)
-    rows_per_program = max(1, _NORM["ELEMENTS"] // padded)
+    blocks = pick(_TABLES["norm"], o.device)
+    rows_per_program = max(1, blocks["ELEMENTS"] // padded)
     rows = tokens * heads
     with _on(o.device):
         kernels.gated_rmsnorm_kernel[(_cdiv(rows, rows_per_program),)](
@@ -60,7 +72,7 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
             V_POW2=padded,
             ROWS=rows_per_program,
             ACTIVATION=activation,
-            num_warps=_NORM["num_warps"],
+            num_warps=blocks["num_warps"],
         )
     return y
 
@@ -102,7 +114,7 @@ def causal_conv1d(
     }
     with _on(qkv.device):
         if seq.phase != "prefill":
-            blocks = _UPDATE[conv_layout]
+            blocks = pick(_TABLES[f"update_{conv_layout}"], qkv.device)
             kernels.conv_update_kernel[(seq.num_seqs * _cdiv(channels, blocks["BC"]),)](
                 **state,
                 **output,
@@ -113,7 +125,7 @@ def causal_conv1d(
                 **blocks,
             )
             return y
-        blocks = _prefill_blocks(_CONV, qkv)
+        blocks = _prefill_blocks(pick(_TABLES["conv"], qkv.device), qkv)
         grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * _cdiv(channels, blocks["BC"]),)
         kernels.conv_prefill_kernel[grid](**state, **output, **_writes(seq), **blocks)
     return y
@@ -150,19 +162,19 @@ def conv_prep(
     if seq.num_seqs == 0:  # no row owns a token, but the gates know of no rows
         from gdnir.lowering.triton_step import gdn_gate
 
-        gates = gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
-        return *qk.zero_(), value.zero_(), *gates
+        return *qk.zero_(), value.zero_(), *gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
     from gdnir.kernels import conv_prep as kernels
 
     weight = weight.contiguous()
     a, b = _unit_last(a), _unit_last(b)
     state = _conv_state(_unit_last(qkv), conv_state, seq, weight.shape[1], conv_layout)
     k_pow2, v_pow2 = _next_power_of_2(k), _next_power_of_2(v)
-    warps = max(k_pow2, v_pow2) * qkv.element_size() // (32 * _PREP["BYTES"])
-    blocks = _prefill_blocks({**_PREP, "num_warps": min(max(warps, 1), 4)}, qkv)
+    table, gates = (pick(_TABLES[name], qkv.device) for name in ("prep", "gates"))
+    warps = max(k_pow2, v_pow2) * qkv.element_size() // (32 * table["BYTES"])
+    blocks = _prefill_blocks({**table, "num_warps": min(max(warps, 1), 4)}, qkv)
     each = 2 * _cdiv(h, max(1, blocks["BC"] // k_pow2)) + _cdiv(hv, max(1, blocks["BC"] // v_pow2))
     with _on(qkv.device):
-        grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * each + _cdiv(tokens * hv, _GATES),)
+        grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * each + _cdiv(tokens * hv, gates["BG"]),)
         kernels.conv_prep_kernel[grid](
             **state,
             **_writes(seq),
@@ -185,10 +197,10 @@ def conv_prep(
             V=v,
             K_POW2=k_pow2,
             V_POW2=v_pow2,
-            BG=_GATES,
             W_POW2=_next_power_of_2(weight.shape[1]),
             ACTIVATION=activation,
             ALLOW_NEG_EIGVAL=allow_neg_eigval,
+            **gates,
             **blocks,
         )
     return qk[0], qk[1], value, g, beta

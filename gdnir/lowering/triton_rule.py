@@ -9,36 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gdnir.lowering import tables
+from gdnir.lowering.tables import kinds, pick
 from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _on, _row_stride, _unit_last
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
 
 CHUNK = 64
-# One choice for each kind of GPU (`_kind`) whatever the batch: a row's bits follow from it.
-# HEADS: value heads of one program, at most; they share the products of a key head. PRECISION: of the inverse's products.
-PREP: dict[str, dict[str, Any]] = {
-    "sm_100": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
-    "sm_90": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
-    "sm_80": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
-    "small": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
-    "hip": {"HEADS": 1, "PRECISION": "f16", "num_warps": 4},
-}
-# BV: rows of the state of one program; STAGES: chunks in flight, 56 KB of shared memory each at K = 128 and BV = 64.
-RULE: dict[str, dict[str, Any]] = {
-    "sm_100": {"BV": 64, "STAGES": 3, "num_warps": 8},
-    "sm_90": {"BV": 64, "STAGES": 3, "num_warps": 4},
-    "sm_80": {"BV": 32, "STAGES": 2, "num_warps": 4},
-    "small": {"BV": 32, "STAGES": 2, "num_warps": 4},
-    "hip": {"BV": 32, "STAGES": 1, "num_warps": 4},
-}
-STARTS: dict[str, dict[str, Any]] = {
-    "sm_100": {"BV": 16, "STAGES": 2, "num_warps": 8},
-    "sm_90": {"BV": 16, "STAGES": 2, "num_warps": 8},
-    "sm_80": {"BV": 16, "STAGES": 1, "num_warps": 8},
-    "small": {"BV": 16, "STAGES": 1, "num_warps": 8},
-    "hip": {"BV": 16, "STAGES": 1, "num_warps": 8},
-}
+# One choice for each kind of GPU whatever the batch: a row's bits follow from it.
+_TABLES = tables.load(
+    "triton_rule",
+    {
+        # HEADS: value heads of one program, at most; they share the products of a key head. PRECISION: of the inverse's
+        # products.
+        "prep": {"HEADS": (1, 2, 4, 8), "PRECISION": ("f16", "bf16x3"), "num_warps": (1, 2, 4, 8)},
+        # BV: rows of the state of one program; STAGES: chunks in flight, 56 KB of shared memory each at K = 128, BV = 64.
+        "rule": {"BV": (16, 32, 64, 128), "STAGES": (1, 2, 3, 4), "num_warps": (1, 2, 4, 8)},
+        "starts": {"BV": (16, 32, 64, 128), "STAGES": (1, 2, 3, 4), "num_warps": (1, 2, 4, 8)},
+    },
+)
+PREP, RULE, STARTS = _TABLES["prep"], _TABLES["rule"], _TABLES["starts"]
 # Chunks of a segment, by the most value heads it is for; a sequence of over CUT segments is cut. Head counts and a row's
 # own length decide, nothing else, or its neighbours would change its bits.
 SEGMENTS = ((8, 16), (16, 32))
@@ -73,8 +64,7 @@ def delta_rule_prefill(
 
     q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
     (tokens, key_heads, key_dim), (_, heads, value_dim), rows = q.shape, v.shape, seq.num_seqs
-    kind, backend = _target()
-    prep, rule, starts_blocks = PREP[kind], RULE[kind], STARTS[kind]
+    prep, rule, starts_blocks = (pick(table, v.device) for table in (PREP, RULE, STARTS))
     if segment is None:
         segment = next((length for most, length in SEGMENTS if heads <= most), 0)
     length = segment * CHUNK
@@ -159,7 +149,7 @@ def delta_rule_prefill(
                 starts=starts,
                 steps=steps,
                 V=value_dim,
-                PRECISION="tf32x3" if backend == "cuda" else "ieee",
+                PRECISION="ieee" if "hip" in kinds(v.device) else "tf32x3",
                 **batch,
                 **shape,
                 **cut,
@@ -169,20 +159,6 @@ def delta_rule_prefill(
                 V=value_dim, **batch, **keys, **values, **shape, **cut, **rule
             )
     return o
-
-
-def _target() -> tuple[str, str]:
-    """(kind of GPU in the tables above, Triton's name of its back end)."""
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return "sm_90", "cuda"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda":
-        return "hip", target.backend
-    if target.arch in (86, 89) or target.arch >= 120:  # 99 KB of shared memory
-        return "small", "cuda"
-    return ("sm_100" if target.arch >= 100 else "sm_90" if target.arch >= 90 else "sm_80"), "cuda"
 
 
 def _divisor(n: int, most: int) -> int:
