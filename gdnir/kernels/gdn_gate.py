@@ -31,7 +31,7 @@ def gate(a, b, A_log, dt_bias, ALLOW_NEG_EIGVAL: tl.constexpr):
 
 
 # The size changes with every batch, and a part of a batch is a slice at any alignment: neither may recompile.
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["a", "b"])
+@triton.jit(do_not_specialize=["size", "stride_at", "stride_bt"], do_not_specialize_on_alignment=["a", "b"])
 def gdn_gate_kernel(
     a,  # [T, HV], any row stride
     b,  # [T, HV], any row stride
