@@ -84,18 +84,19 @@ def test_compiles_within_limits(compiled, tmp_path, monkeypatch, schedule, state
 
 # Every schedule with and without segments, and with either type of state.
 @pytest.mark.parametrize(
-    ("schedule", "state", "segment"),
+    ("schedule", "state", "segment", "dtype"),
     [
-        ("single", torch.float32, 0),
-        ("single", torch.bfloat16, 1),
-        ("pair", torch.bfloat16, 0),
-        ("pair", torch.float32, 1),
+        ("single", torch.float32, 0, torch.bfloat16),
+        ("single", torch.bfloat16, 1, torch.bfloat16),
+        ("pair", torch.bfloat16, 0, torch.bfloat16),
+        ("pair", torch.float32, 1, torch.bfloat16),
+        ("pair", torch.float32, 1, torch.float16),
     ],
     ids=str,
 )
-def test_no_register_is_reused_while_a_product_is_in_flight(compiled, monkeypatch, schedule, state, segment):
+def test_no_register_is_reused_while_a_product_is_in_flight(compiled, monkeypatch, schedule, state, segment, dtype):
     cases.only(schedule, monkeypatch)
-    launch(cases.Case("", cases.cont(230, 3), heads=(2, 4), state_dtype=state, segment=segment))
+    launch(cases.Case("", cases.cont(230, 3), heads=(2, 4), state_dtype=state, segment=segment, dtype=dtype))
     for kernel in compiled[1:]:  # prep has no asynchronous products
         sass = kernel.asm["sass"]
         assert "HGMMA" in sass
