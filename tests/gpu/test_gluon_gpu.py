@@ -60,7 +60,7 @@ def test_bits_do_not_depend_on_neighbours(heads, schedule):
 
 @pytest.mark.parametrize("case", [cases.CASES[-4], *cases.LONG], ids=lambda case: case.id)
 def test_both_schedules_give_the_same_bits(case, monkeypatch):
-    """If so for ever, the lowering may promise batch_invariant: nothing else depends on the batch."""
+    """The lowering promises batch_invariant, and which schedule is taken depends on the batch."""
     seq = cases.make_seq(case, "cuda")
     inputs, _, _ = cases.make_inputs(case, seq, "cuda")
     _, start = cases.make_pool(case, seq, "cuda")
