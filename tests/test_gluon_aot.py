@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import sass_lint  # noqa: E402
 import triton_cases_gluon as cases  # noqa: E402
 from test_triton_aot import TARGETS, Compiling, StubDriver, resources  # noqa: E402
 
@@ -79,6 +80,30 @@ def test_compiles_within_limits(compiled, tmp_path, monkeypatch, schedule, state
         if name != "prep":
             assert "wgmma.mma_async" in kernel.asm["ptx"]
         assert "C75" not in ptxas_says(kernel, tmp_path)
+
+
+# Every schedule with and without segments, and with either type of state.
+@pytest.mark.parametrize(
+    ("schedule", "state", "segment"),
+    [
+        ("single", torch.float32, 0),
+        ("single", torch.bfloat16, 1),
+        ("pair", torch.bfloat16, 0),
+        ("pair", torch.float32, 1),
+    ],
+    ids=str,
+)
+def test_no_register_is_reused_while_a_product_is_in_flight(compiled, monkeypatch, schedule, state, segment):
+    cases.only(schedule, monkeypatch)
+    launch(cases.Case("", cases.cont(230, 3), heads=(2, 4), state_dtype=state, segment=segment))
+    for kernel in compiled[1:]:  # prep has no asynchronous products
+        sass = kernel.asm["sass"]
+        assert "HGMMA" in sass
+        assert sass_lint.hazards(sass) == [], kernel.metadata.name
+        # Without its first wait the same code must be found wrong, or the lint sees nothing.
+        lines = sass.splitlines()
+        lines.pop(next(n for n, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line))
+        assert sass_lint.hazards("\n".join(lines)), kernel.metadata.name
 
 
 def ptxas_says(kernel, tmp_path):
