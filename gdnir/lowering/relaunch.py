@@ -19,7 +19,9 @@ _launchers: dict[int, tuple[Any, Any]] = {}
 
 def relaunched(kernel: Any) -> Any:
     """`relaunched(kernel)[grid](...)` is `kernel[grid](...)`. What is no compiled kernel of CUDA (interpreted ones; on ROCm
-    Triton also looks at the sizes of tensors) is returned as it is."""
+    Triton also looks at the sizes of tensors) is returned as it is, and under torch.compile, which knows Triton's kernels."""
+    if torch.compiler.is_compiling():
+        return kernel
     if found := _launchers.get(id(kernel)):
         return found[1]
     from triton.runtime.jit import JITFunction
