@@ -40,7 +40,7 @@ def error(got, want):
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
-def measure(name, calls, want, notes, bound=2e-2):
+def measure(name, calls, want, notes, bound=5e-2):
     """Median ms of `calls`, the peer `name` on one or more sets of buffers; None, and a note that says why, if there is
     no call, it fails, or its first result is not ours (`want`)."""
     if not calls:
@@ -68,13 +68,13 @@ def fla_rule(operands, seq):
         return None
     q, k, v, g, beta, state = operands
     start = state.transpose(-1, -2).contiguous()
-    packed = {"cu_seqlens": seq.cu_seqlens.long()} if seq.num_seqs > 1 else {}
+    cu = seq.cu_seqlens.long()  # one object: fla-core keeps what it computes from it, and can be captured then
 
     @torch.inference_mode()
     def run():
         return chunk_gated_delta_rule(
             q[None], k[None], v[None], g[None], beta[None], scale=k.shape[-1] ** -0.5, initial_state=start,
-            output_final_state=True, **packed,
+            output_final_state=True, cu_seqlens=cu,
         )[0][0]  # fmt: skip
 
     return run

@@ -32,7 +32,7 @@ def test_dump_is_the_graph(capsys):
     graph = gdnir.parse(out)
     assert code == 0
     assert str(graph) == out
-    assert {n.provider for n in graph.nodes} == {"native", "triton"}
+    assert {n.provider for n in graph.nodes} == {"native", "triton", "gluon"}
     code, out, _ = run(
         capsys, "dump", "olmo-hybrid", "--no-lower", "--phase", "mixed", "--region", "core", "--state-layout", "kv"
     )
@@ -85,7 +85,8 @@ def test_hostile_names_stay_data():
 def test_why(capsys):
     code, out, _ = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--dtype", "f32")
     assert code == 0
-    assert "triton: chosen, first in the order of cuda:sm_90" in out
+    assert "triton: chosen, the providers before it refused\n  gluon: refused, gluon has no lowering of conv_prep." in out
+    assert "gluon: refused, q is f32 and v is f32, want bf16 or f16, both the same." in out
     assert "triton: refused, q, k and v are f32, want bf16 or f16." in out
     assert "fuse: conv_prep: 5 nodes became one" in out
     code, _, err = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--dtype", "f32", "--strict")

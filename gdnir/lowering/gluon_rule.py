@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdnir.errors import ShapeError
+from gdnir.lowering.relaunch import relaunched
 from gdnir.lowering.triton_launch import _on, _row_stride, _unit_last
 from gdnir.platforms import copy_bandwidth
 
@@ -97,7 +98,7 @@ def delta_rule_prefill(
     gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
     descriptors = tiles(q), tiles(k), tiles(v), t_tiles, gate_lines, tiles(o)
     with _on(v.device):
-        prep.delta_rule_gluon_prep_kernel[((numbers + 1) * heads // shared,)](
+        relaunched(prep.delta_rule_gluon_prep_kernel)[((numbers + 1) * heads // shared,)](
             descriptors[1],
             t_tiles,
             g,
@@ -122,7 +123,7 @@ def delta_rule_prefill(
             **PREP,
         )
         if slots:
-            segments.delta_rule_gluon_summary_kernel[((2 * count + 4 * slots) * heads,)](
+            relaunched(segments.delta_rule_gluon_summary_kernel)[((2 * count + 4 * slots) * heads,)](
                 *descriptors[1:5],
                 state,
                 starts,
@@ -137,7 +138,7 @@ def delta_rule_prefill(
                 **SUMMARY,
             )
             if seq.max_len > 2 * segment * CHUNK:
-                segments.delta_rule_gluon_starts_kernel[(count * heads * 2,)](
+                relaunched(segments.delta_rule_gluon_starts_kernel)[(count * heads * 2,)](
                     TensorDescriptor(steps, [slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
                     starts,
                     cu_seqlens,
@@ -153,7 +154,7 @@ def delta_rule_prefill(
         at_once = rows * -(-chunks // segment) if slots else count
         single, pair = _output_us(at_once * heads, heads // k.shape[1], cores, bandwidth)
         schedule = SINGLE if single <= pair else PAIR
-        kernels.delta_rule_gluon_kernel[(units * (2 // schedule["NWG"]),)](
+        relaunched(kernels.delta_rule_gluon_kernel)[(units * (2 // schedule["NWG"]),)](
             *descriptors,
             o,
             state,

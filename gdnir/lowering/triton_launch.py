@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gdnir.lowering import tables
+from gdnir.lowering.relaunch import relaunched
 from gdnir.lowering.tables import pick
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
     rows_per_program = max(1, blocks["ELEMENTS"] // padded)
     rows = tokens * heads
     with _on(o.device):
-        kernels.gated_rmsnorm_kernel[(_cdiv(rows, rows_per_program),)](
+        relaunched(kernels.gated_rmsnorm_kernel)[(_cdiv(rows, rows_per_program),)](
             o,
             z,
             weight,
@@ -115,7 +116,7 @@ def causal_conv1d(
     with _on(qkv.device):
         if seq.phase != "prefill":
             blocks = pick(_TABLES[f"update_{conv_layout}"], qkv.device)
-            kernels.conv_update_kernel[(seq.num_seqs * _cdiv(channels, blocks["BC"]),)](
+            relaunched(kernels.conv_update_kernel)[(seq.num_seqs * _cdiv(channels, blocks["BC"]),)](
                 **state,
                 **output,
                 **_writes(seq),
@@ -127,7 +128,7 @@ def causal_conv1d(
             return y
         blocks = _prefill_blocks(pick(_TABLES["conv"], qkv.device), qkv)
         grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * _cdiv(channels, blocks["BC"]),)
-        kernels.conv_prefill_kernel[grid](**state, **output, **_writes(seq), **blocks)
+        relaunched(kernels.conv_prefill_kernel)[grid](**state, **output, **_writes(seq), **blocks)
     return y
 
 
@@ -175,7 +176,7 @@ def conv_prep(
     each = 2 * _cdiv(h, max(1, blocks["BC"] // k_pow2)) + _cdiv(hv, max(1, blocks["BC"] // v_pow2))
     with _on(qkv.device):
         grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * each + _cdiv(tokens * hv, gates["BG"]),)
-        kernels.conv_prep_kernel[grid](
+        relaunched(kernels.conv_prep_kernel)[grid](
             **state,
             **_writes(seq),
             a=a,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdnir.lowering import tables
+from gdnir.lowering.relaunch import relaunched
 from gdnir.lowering.tables import kinds, pick
 from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _on, _row_stride, _unit_last
 
@@ -119,7 +120,7 @@ def delta_rule_prefill(
     with _on(v.device):
         if tokens:
             shared = _divisor(heads // key_heads, prep["HEADS"])
-            kernels.delta_rule_prep_kernel[((tokens // CHUNK + rows) * (heads // shared),)](
+            relaunched(kernels.delta_rule_prep_kernel)[((tokens // CHUNK + rows) * (heads // shared),)](
                 g=g,
                 beta=beta,
                 stride_gt=_row_stride(g),
@@ -132,7 +133,7 @@ def delta_rule_prefill(
                 **{**prep, "HEADS": shared},
             )
         summaries = numbers * (tiles + _cdiv(key_dim, rule["BV"]))
-        kernels.delta_rule_kernel[((rows * tiles + summaries) * heads,)](
+        relaunched(kernels.delta_rule_kernel)[((rows * tiles + summaries) * heads,)](
             steps=steps,
             has_state=_unit_last(seq.has_state),
             error=seq.error,
@@ -145,7 +146,7 @@ def delta_rule_prefill(
             **rule,
         )
         if segment:
-            kernels.delta_rule_starts_kernel[(rows * heads * _cdiv(value_dim, starts_blocks["BV"]),)](
+            relaunched(kernels.delta_rule_starts_kernel)[(rows * heads * _cdiv(value_dim, starts_blocks["BV"]),)](
                 starts=starts,
                 steps=steps,
                 V=value_dim,
@@ -155,7 +156,7 @@ def delta_rule_prefill(
                 **cut,
                 **starts_blocks,
             )
-            kernels.delta_rule_segments_kernel[(numbers * heads * tiles,)](
+            relaunched(kernels.delta_rule_segments_kernel)[(numbers * heads * tiles,)](
                 V=value_dim, **batch, **keys, **values, **shape, **cut, **rule
             )
     return o
