@@ -85,7 +85,9 @@ def test_hostile_names_stay_data():
 def test_why(capsys):
     code, out, _ = run(capsys, "why", "qwen3-next", "--platform", "cuda:sm_90", "--dtype", "f32")
     assert code == 0
-    assert "triton: chosen, the providers before it refused\n  gluon: refused, gluon has no lowering of conv_prep." in out
+    assert (
+        "triton: chosen, the providers before it refused\n  gluon: refused, gluon has no lowering of conv_prep." in out
+    )
     assert "gluon: refused, q is f32 and v is f32, want bf16 or f16, both the same." in out
     assert "triton: refused, q, k and v are f32, want bf16 or f16." in out
     assert "fuse: conv_prep: 5 nodes became one" in out
