@@ -335,16 +335,8 @@ STATES = [torch.float32, torch.bfloat16]
 STEPS = {"step": launch_step, "rule": launch_rule_step}
 
 
-# Bytes of stack, at most; 16 where nothing is said. ptxas keeps decode at 128 registers, four programs an SM, by values that
-# it spills before the loop over the state; verify fills the registers with a head's state (on AMD scalars are spilled).
-SPILLED = {
-    ("sm_90", "decode"): 24,
-    ("sm_100", "decode"): 72,
-    ("sm_90", "verify"): 8,
-    ("sm_80", "verify"): 96,
-    ("sm_100", "verify"): 96,
-    ("gfx942", "verify"): 96,
-}
+# Bytes of stack, at most; none where nothing is said. Verify fills the registers with a head's state; on AMD scalars are spilled.
+SPILLED = {("sm_90", "verify"): 8, ("sm_80", "verify"): 96, ("sm_100", "verify"): 96, ("gfx942", "verify"): 96}
 
 
 @pytest.mark.parametrize("phase", ["decode", "verify"])
@@ -366,8 +358,8 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
     loads, stores = wide(kernels[0])
     print(f"{registers} registers, {stack} B stack, {kernels[0].metadata.shared} B shared, {loads} + {stores} wide")
     assert kernels[0].metadata.shared <= 4096  # so registers alone say how many programs an SM holds
-    assert stack <= SPILLED.get((target, phase), 16) * (launch == "step"), f"{registers} registers, {stack} B spilled"
-    # The whole of a head's state in 16 bytes a thread; of decode's loop, the tiles that are in flight.
+    assert stack <= SPILLED.get((target, phase), 0) * (launch == "step"), f"{registers} registers, {stack} B spilled"
+    # The whole of a head's state in 16 bytes a thread; of decode's loop, the tiles that are in flight and the one it stores.
     h, hv, k, v = HEADS[heads]
     threads = TARGETS[target][0].warp_size * kernels[0].metadata.num_warps
     padded = v * (1 << (k - 1).bit_length()) * state_dtype.itemsize // 16 // threads
@@ -375,7 +367,8 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
         padded = triton_step.RULE["TILE"] * state_dtype.itemsize // 16 // threads
     elif phase == "decode":
         table = triton_step.STEP[state_dtype.itemsize]
-        padded = table["AHEAD"] * table["TILE"] * state_dtype.itemsize // 16 // threads
+        padded = table["TILE"] * state_dtype.itemsize // 16 // threads
+        assert loads >= table["AHEAD"] * padded
     assert min(loads, stores) >= padded
 
 

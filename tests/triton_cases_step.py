@@ -17,7 +17,7 @@ from gdnir.oracle import row_error
 class Case:
     """One batch. `rows`, `tail`, `slots`: as in triton_cases. `gates` and `betas`: "random" or the value of all.
 
-    `extra` is P - (W - 1); `strided` puts both pools into wider storage.
+    `extra` is P - (W - 1); `strided` puts both pools into wider storage; `wide_conv`: an f32 conv state whatever x is.
     """
 
     id: str
@@ -38,6 +38,7 @@ class Case:
     gates: object = "random"
     betas: object = "random"
     strided: bool = False
+    wide_conv: bool = False
 
     @property
     def channels(self):
@@ -61,6 +62,7 @@ CASES = [
     *_both("kv-wc", state_layout="kv", conv_layout="wc", bias=True, tail=2, activation="none", gate="sigmoid"),
     _both("strided", strided=True, extra=1, bias=True, neg=True, tail=1)[0],
     _both("kv-strided", state_layout="kv", conv_layout="wc", strided=True, extra=2)[1],
+    *_both("wide-conv", wide_conv=True),
     *_both("w2-r1", width=2, heads=(2, 2, 8, 16)),
     *_both("w3-r3", width=3, heads=(1, 3, 16, 8), bias=True),
     *_both("r4-96x192", heads=(1, 4, 24, 48), bias=True),  # neither a power of two
@@ -148,7 +150,8 @@ def make_step(case, dtype, device, state_dtype, seed=0):
     qkv, z, b, a, _ = merged.split([c, hv * v, hv, hv, 8], 1)
     columns = case.width - 1 + case.extra
     conv_shape = (case.slots, c, columns) if case.conv_layout == "cw" else (case.slots, columns, c)
-    conv_storage, conv = _pool(conv_shape, case.strided, dtype, device)
+    conv_dtype = torch.float32 if case.wide_conv else dtype
+    conv_storage, conv = _pool(conv_shape, case.strided, conv_dtype, device)
     newest = conv[..., case.extra :] if case.conv_layout == "cw" else conv[:, case.extra :]
     _fill(newest, judge, gen)
     state_shape = (case.slots, hv, v, k) if case.state_layout == "vk" else (case.slots, hv, k, v)
@@ -237,7 +240,7 @@ def check_step(case, dtype, device, state_dtype=torch.float32):
         y = y.clone()
     assert (y[~given.owned] == 0).all(), "tokens of padding rows, or of nobody, are not 0"
     assert_rows(y, want, dtype, "y")
-    assert_pool(given.storages[0], before[0], given.conv, conv, dtype, "conv")
+    assert_pool(given.storages[0], before[0], given.conv, conv, given.conv.dtype, "conv")
     assert_pool(given.storages[1], before[1], given.state, state, state_dtype, "state")
     assert bool(given.seq.error.item()) == bool(given.judge.error.item()), "the error flag"
 

@@ -18,73 +18,73 @@ from .gdn_gate import gate
 # A single token has no true row stride, and a part of a batch is a slice, at any alignment: the activations count as
 # varying too. They are small; the state is what is read in vectors.
 _VARYING = ["T", "N", "S", "P", "L", "stride_xt", "stride_zt", "stride_at", "stride_bt", "stride_wn", "stride_wl"]
-_SLICED = ["x", "z", "a", "b", "bias", "cu_seqlens", "read_slots", "write_slots", "has_state", "error"]
+_SLICED = [
+    "x",
+    "z",
+    "a",
+    "b",
+    "bias",
+    "norm_weight",
+    "y",
+    "cu_seqlens",
+    "read_slots",
+    "write_slots",
+    "has_state",
+    "error",
+]
 
-# The R V elements of v, z and y are [parts, BV], one part for each tile of the state: a tile's part is picked by a comparison,
-# in a loop, where a gather would cost as much as the tile itself.
+# v, z and y of the value heads lie flat, PARTS pieces of BV, one for each tile of the state. In decode's loop over tiles v
+# is [BV, PARTS], and the sums over K pass through the same shape: a tile meets its column in a comparison, o takes v's
+# place, and no value leaves its warp.
 
 
 @triton.jit
 def _load_window(conv_state, slot, c, mask, P, stride_s, stride_c, stride_p, W: tl.constexpr):
-    """The W-1 last inputs of channels c, oldest first."""
+    """The W-1 last inputs of channels c, oldest first, as they lie in memory."""
+    oldest = _column(conv_state, slot, c, 0, P, stride_s, stride_c, stride_p, W)
     window = ()
     for j in tl.static_range(W - 1):
-        column = _column(conv_state, slot, c, j, P, stride_s, stride_c, stride_p, W)
-        window = window + (tl.load(column, mask=mask, other=0.0).to(tl.float32),)
+        window = window + (tl.load(oldest + tl.cast(stride_p, tl.int64) * j, mask=mask, other=0.0),)
     return window
 
 
 @triton.jit
 def _store_window(conv_state, slot, c, mask, window, P, stride_s, stride_c, stride_p, W: tl.constexpr):
+    oldest = _column(conv_state, slot, c, 0, P, stride_s, stride_c, stride_p, W)
     for j in tl.static_range(W - 1):
-        column = _column(conv_state, slot, c, j, P, stride_s, stride_c, stride_p, W)
-        tl.store(column, window[j].to(conv_state.dtype.element_ty), mask=mask)
+        tl.store(oldest + tl.cast(stride_p, tl.int64) * j, window[j].to(conv_state.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_filter(weight, bias, c, mask, W: tl.constexpr):
-    """The W taps of channels c, then their bias."""
-    taps = ()
-    for w in tl.static_range(W):
-        taps = taps + (tl.load(weight + c * W + w, mask=mask, other=0.0).to(tl.float32),)
+def _load_filter(weight, bias, c, mask, W: tl.constexpr, W_POW2: tl.constexpr):
+    """The taps of channels c, [C, W_POW2], and their bias, as they lie in memory."""
+    w = tl.arange(0, W_POW2)[None, :]
+    taps = tl.load(weight + c[:, None] * W + w, mask=mask[:, None] & (w < W), other=0.0)
     if bias is None:
         b = tl.zeros(c.shape, tl.float32)
     else:
-        b = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
-    return taps + (b,)
+        b = tl.load(bias + c, mask=mask, other=0.0)
+    return taps, b
 
 
 @triton.jit
-def _convolve(window, new, taps, W: tl.constexpr, ACTIVATION: tl.constexpr):
+def _convolve(window, new, taps, bias, W: tl.constexpr, W_POW2: tl.constexpr, ACTIVATION: tl.constexpr):
     """Oldest tap first, as in causal_conv1d.py."""
-    acc = taps[W]
-    for w in tl.static_range(W - 1):
-        acc += taps[w] * window[w]
-    return _activate(acc + taps[W - 1] * new, ACTIVATION)
+    w = tl.arange(0, W_POW2)[None, :]
+    taps = taps.to(tl.float32)
+    acc = bias.to(tl.float32)
+    inputs = window + (new,)
+    for i in tl.static_range(W):
+        acc += tl.sum(tl.where(w == i, taps, 0.0), axis=1) * inputs[i].to(tl.float32)
+    return _activate(acc, ACTIVATION)
 
 
 @triton.jit
-def _shift(window, new, live, W: tl.constexpr):
-    """The window after input `new`, or as it was if there is none."""
-    after = ()
-    for j in tl.static_range(1, W - 1):
-        after = after + (tl.where(live, window[j], window[j - 1]),)
-    return after + (tl.where(live, new, window[W - 2]),)
-
-
-@triton.jit
-def _update_channels(
-    x_at, weight, bias, conv_state, read, write, c, mask, stateful, stored, live, P, stride_s, stride_c, stride_p,
-    W: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Channels c of one token's convolution; their state goes on."""
-    window = _load_window(conv_state, read, c, mask & stateful, P, stride_s, stride_c, stride_p, W)
-    new = tl.load(x_at + c, mask=mask & live, other=0.0).to(tl.float32)
-    taps = _load_filter(weight, bias, c, mask, W)
-    tl.debug_barrier()  # in place: the program has read all of the channels' state before it writes
-    after = _shift(window, new, live, W)
-    _store_window(conv_state, write, c, mask & stored, after, P, stride_s, stride_c, stride_p, W)
-    return _convolve(window, new, taps, W, ACTIVATION)
+def _in_f32(values):
+    wide = ()
+    for i in tl.static_range(len(values)):
+        wide = wide + (values[i].to(tl.float32),)
+    return wide
 
 
 @triton.jit
@@ -107,14 +107,24 @@ def _pick(x, index, at):
 
 
 @triton.jit
-def _gate_at(a, b, A_log, dt_bias, at, head, mask, live, stride_at, stride_bt, ALLOW_NEG_EIGVAL: tl.constexpr):
-    """(exp(g), beta) of some heads of token `at`."""
-    a_t = tl.load(a + at * stride_at + head, mask=mask & live, other=0.0).to(tl.float32)
-    b_t = tl.load(b + at * stride_bt + head, mask=mask & live, other=0.0).to(tl.float32)
-    rate = tl.load(A_log + head, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(dt_bias + head, mask=mask, other=0.0).to(tl.float32)
-    g, beta = gate(a_t, b_t, rate, shift, ALLOW_NEG_EIGVAL)
-    return tl.exp(g), beta
+def _sum_in_parts(x, PARTS: tl.constexpr):
+    """[BV, K] -> [BV, PARTS], sums of neighbours."""
+    return tl.sum(tl.reshape(x, [x.shape[0], PARTS, x.shape[1] // PARTS]), axis=2)
+
+
+@triton.jit
+def _update(S, q, k, qk, vs, mine, decay, beta, scale, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """`delta_update` where v is the column of `vs` that is `mine`, and o after it.
+
+    With ROWS (a row of S lies in one warp) v enters the sum over K, which every thread of the row gets.
+    """
+    if ROWS:
+        u = beta * tl.sum(tl.where(mine, vs, 0.0) - decay * _sum_in_parts(S * k[None, :], PARTS), axis=1)
+        Sq = tl.sum(_sum_in_parts(S * q[None, :], PARTS), axis=1)
+        o, new = scale * (decay * Sq + qk * u), decay * S + u[:, None] * k[None, :]
+    else:
+        o, new = delta_update(S, q, k, qk, tl.sum(tl.where(mine, vs, 0.0), axis=1), decay, beta, scale)
+    return tl.where(mine, o[:, None], vs), new
 
 
 @triton.jit
@@ -136,16 +146,22 @@ def _load_token(
 
 
 @triton.jit
-def _norm_gate(o, z, gain, head, eps, HEADS: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr):
-    """Gated RMSNorm of HEADS heads side by side; `head` says which head an element belongs to."""
-    norm = tl.zeros(o.shape, tl.float32)
-    for i in tl.static_range(HEADS):
-        mean = tl.sum(tl.where(head == i, o * o, 0.0)) / V
-        norm = tl.where(head == i, tl.rsqrt(mean + eps), norm)
+def _in_columns(flat, BV: tl.constexpr, PARTS: tl.constexpr):
+    """[PARTS * BV] -> [BV, PARTS]."""
+    return tl.trans(tl.reshape(flat, [PARTS, BV]))
+
+
+@triton.jit
+def _norm_gate(os, z, gain, eps, HEADS: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr):
+    """Gated RMSNorm of HEADS heads side by side, each as many columns; flat."""
+    columns: tl.constexpr = os.shape[1] // HEADS
+    mean = tl.sum(tl.reshape(tl.sum(os * os, axis=0), [HEADS, columns]), axis=1) / V
+    norm = tl.broadcast_to(tl.rsqrt(mean + eps)[:, None], [HEADS, columns])
+    out = os * tl.reshape(norm, [1, os.shape[1]])
     act = tl.sigmoid(z)
     if GATE == "silu":
         act = z * act
-    return o * norm * gain * act
+    return tl.reshape(tl.trans(out), [os.shape[0] * os.shape[1]]) * gain * act
 
 
 @triton.jit
@@ -214,6 +230,7 @@ def gdn_step_kernel(
     STRIDE_V: tl.constexpr,
     STRIDE_K: tl.constexpr,
     W: tl.constexpr,
+    W_POW2: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -241,11 +258,12 @@ def gdn_step_kernel(
     pid = tl.program_id(0)
     n = pid // H
     h = pid % H
+    read = tl.load(read_slots + n)
     start, end = _bounds(cu_seqlens, n, T)
     stop = end
     if not VERIFY:
+        write = tl.load(write_slots + n.to(tl.int64) * stride_wn)
         stop = tl.minimum(end, start + 1)
-    read = tl.load(read_slots + n)
     valid = (read >= 0) & (read < S)
     stateful = valid & (tl.load(has_state + n) != 0)
     v = tl.arange(0, BV)
@@ -253,15 +271,39 @@ def gdn_step_kernel(
     in_k = k_dim < K
     c_q = h * K + k_dim
     c_k = H * K + c_q
-    part = tl.arange(0, PARTS)[:, None]
+    flat = tl.arange(0, PARTS * BV)
 
     if not VERIFY:
-        write = tl.load(write_slots + n.to(tl.int64) * stride_wn)
+        part = tl.arange(0, PARTS)[None, :]
         stored = valid & (write >= 0) & (write < S)
         live = valid & (end > start)
         at = start.to(tl.int64)
+        COLUMNS: tl.constexpr = PARTS // R_POW2  # of a head
+        head = flat // (COLUMNS * BV)
+        inner = flat % (COLUMNS * BV)
+        row = head * V + inner
+        in_v = (head < R) & (inner < V)
+        c_v = 2 * H * K + h * R * V + row
+        r = tl.arange(0, R_POW2)
+        heads = h * R + r
 
-        # The state is almost all of the traffic: its first loads are issued before anything is computed.
+        # All that is read is asked for before anything waits: what depends on no slot, then the few inputs, then the
+        # state, which is almost all of the traffic and would hold the others up.
+        taps_q, bias_q = _load_filter(weight, bias, c_q, in_k, W, W_POW2)
+        taps_k, bias_k = _load_filter(weight, bias, c_k, in_k, W, W_POW2)
+        taps_v, bias_v = _load_filter(weight, bias, c_v, in_v, W, W_POW2)
+        rate = tl.load(A_log + heads, mask=r < R, other=0.0)
+        shift = tl.load(dt_bias + heads, mask=r < R, other=0.0)
+        window_q = _load_window(conv_state, read, c_q, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
+        window_k = _load_window(conv_state, read, c_k, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
+        window_v = _load_window(conv_state, read, c_v, in_v & stateful, P, stride_cs, stride_cc, stride_cp, W)
+        x_at = x + at * stride_xt
+        new_q = tl.load(x_at + c_q, mask=in_k & live, other=0.0)
+        new_k = tl.load(x_at + c_k, mask=in_k & live, other=0.0)
+        new_v = tl.load(x_at + c_v, mask=in_v & live, other=0.0)
+        a_t = tl.load(a + at * stride_at + heads, mask=(r < R) & live, other=0.0)
+        b_t = tl.load(b + at * stride_bt + heads, mask=(r < R) & live, other=0.0)
+        z_t = tl.load(z + at * stride_zt + (h * R + head) * stride_zh + inner, mask=in_v & live, other=0.0)
         tiles = ()
         for m in tl.static_range(AHEAD):
             tile = _load_tile(
@@ -270,59 +312,53 @@ def gdn_step_kernel(
             )  # fmt: skip
             tiles = tiles + (tile,)
 
-        inner = part % BLOCKS * BV + v[None, :]
-        head = part // BLOCKS
-        row = head * V + inner
-        in_v = (part < TILES) & (inner < V)
-        c_v = 2 * H * K + h * R * V + row
-        x_at = x + at * stride_xt
-        z_at = z + at * stride_zt + (h * R + head) * stride_zh + inner
-        z_t = tl.load(z_at, mask=in_v & live, other=0.0)
-        q = _update_channels(
-            x_at, weight, bias, conv_state, read, write, c_q, in_k, stateful, stored, live, P,
-            stride_cs, stride_cc, stride_cp, W, ACTIVATION,
-        )  # fmt: skip
-        k = _update_channels(
-            x_at, weight, bias, conv_state, read, write, c_k, in_k, stateful, stored, live, P,
-            stride_cs, stride_cc, stride_cp, W, ACTIVATION,
-        )  # fmt: skip
-        vs = _update_channels(
-            x_at, weight, bias, conv_state, read, write, c_v, in_v, stateful, stored, live, P,
-            stride_cs, stride_cc, stride_cp, W, ACTIVATION,
-        )  # fmt: skip
-        r = tl.arange(0, R_POW2)
-        decays, betas = _gate_at(
-            a, b, A_log, dt_bias, at, h * R + r, r < R, live, stride_at, stride_bt, ALLOW_NEG_EIGVAL
-        )
-        q, k, dot = _query_key(q, k, l2norm_eps)
+        tl.debug_barrier()  # in place: the program reads all of its channels' state before it writes
+        first_y = y + (at * H + h) * (R * V)
+        if live:  # the branch also keeps the compiler from computing before it has asked for the state
+            q = _convolve(window_q, new_q, taps_q, bias_q, W, W_POW2, ACTIVATION)
+            k = _convolve(window_k, new_k, taps_k, bias_k, W, W_POW2, ACTIVATION)
+            vs = _convolve(window_v, new_v, taps_v, bias_v, W, W_POW2, ACTIVATION)
+            q, k, dot = _query_key(q, k, l2norm_eps)
+            g, betas = gate(
+                a_t.to(tl.float32), b_t.to(tl.float32), rate.to(tl.float32), shift.to(tl.float32), ALLOW_NEG_EIGVAL
+            )
+            decays = tl.exp(g)
+            after_q = window_q[1:] + (new_q,)
+            after_k = window_k[1:] + (new_k,)
+            after_v = window_v[1:] + (new_v,)
+            _store_window(conv_state, write, c_q, in_k & stored, after_q, P, stride_cs, stride_cc, stride_cp, W)
+            _store_window(conv_state, write, c_k, in_k & stored, after_k, P, stride_cs, stride_cc, stride_cp, W)
+            _store_window(conv_state, write, c_v, in_v & stored, after_v, P, stride_cs, stride_cc, stride_cp, W)
 
-        os = tl.zeros([PARTS, BV], tl.float32)
-        for i in range(R):
-            decay, beta = _pick(decays, r, i), _pick(betas, r, i)
-            for j in range(0, BLOCKS, AHEAD):
-                after = ()
-                for ahead in tl.static_range(AHEAD):
-                    this = i * BLOCKS + j + ahead
-                    v_t = _pick(vs, part, this)
-                    o, new_tile = delta_update(tiles[ahead].to(tl.float32), q, k, dot, v_t, decay, beta, scale)
-                    os = tl.where(part == this, o[None, :], os)
-                    _store_tile(
-                        state, write, h * R + i, (j + ahead) * BV, stored & live, new_tile, v, k_dim, stride_s, stride_h,
-                        STRIDE_V, STRIDE_K, V, K, BV, K_POW2, SHARED,
-                    )  # fmt: skip
-                    if AHEAD < TILES:
-                        later = (this + AHEAD) // BLOCKS
-                        tile = _load_tile(
-                            state, read, h * R + later, (this + AHEAD) % BLOCKS * BV, stateful & (later < R), v, k_dim,
-                            stride_s, stride_h, STRIDE_V, STRIDE_K, V, K, BV, K_POW2,
-                        )  # fmt: skip
-                        after = after + (tile,)
+            vs = _in_columns(vs, BV, PARTS)
+            for this in range(TILES):
+                i, j = this // BLOCKS, this % BLOCKS
+                decay, beta = _pick(decays, r, i), _pick(betas, r, i)
+                mine = part == i * COLUMNS + j
+                S_tile = tiles[0].to(tl.float32)
+                vs, new_tile = _update(S_tile, q, k, dot, vs, mine, decay, beta, scale, PARTS, STRIDE_K == 1)
+                _store_tile(
+                    state, write, h * R + i, j * BV, stored, new_tile, v, k_dim, stride_s, stride_h,
+                    STRIDE_V, STRIDE_K, V, K, BV, K_POW2, SHARED,
+                )  # fmt: skip
                 if AHEAD < TILES:
-                    tiles = after
-        gain = tl.load(norm_weight + inner, mask=in_v, other=0.0).to(tl.float32)
-        out = tl.where(live, _norm_gate(os, z_t.to(tl.float32), gain, head, eps, R, V, GATE), 0.0)
-        tl.store(y + (at * H + h) * (R * V) + row, out.to(y.dtype.element_ty), mask=in_v & (end > start))
-        if stored & (end == start):  # an empty row keeps its starting state
+                    later = this + AHEAD
+                    tile = _load_tile(
+                        state, read, h * R + later // BLOCKS, later % BLOCKS * BV, stateful & (later < TILES), v, k_dim,
+                        stride_s, stride_h, STRIDE_V, STRIDE_K, V, K, BV, K_POW2,
+                    )  # fmt: skip
+                    tiles = tiles[1:] + (tile,)
+                else:
+                    tiles = tiles[1:] + (tiles[0],)
+            gain = tl.load(norm_weight + inner, mask=in_v, other=0.0)
+            out = _norm_gate(vs, z_t.to(tl.float32), gain.to(tl.float32), eps, R_POW2, V, GATE)
+            tl.store(first_y + row, out.to(y.dtype.element_ty), mask=in_v)
+        elif end > start:  # a token of a padding row
+            tl.store(first_y + row, tl.zeros(row.shape, y.dtype.element_ty), mask=in_v)
+        elif stored:  # an empty row keeps its starting states
+            _store_window(conv_state, write, c_q, in_k, window_q, P, stride_cs, stride_cc, stride_cp, W)
+            _store_window(conv_state, write, c_k, in_k, window_k, P, stride_cs, stride_cc, stride_cp, W)
+            _store_window(conv_state, write, c_v, in_v, window_v, P, stride_cs, stride_cc, stride_cp, W)
             for this in range(TILES):
                 of, first = h * R + this // BLOCKS, this % BLOCKS * BV
                 kept = _load_tile(
@@ -336,11 +372,13 @@ def gdn_step_kernel(
     else:
         # One value head after the other, so that its tiles fit into registers. Each convolves q and k again; the last
         # one stores their state, which until then the others read.
-        row = part * BV + v[None, :]
+        part = tl.arange(0, PARTS)[:, None]
+        row = flat
         in_v = row < V
         gain = tl.load(norm_weight + row, mask=in_v, other=0.0).to(tl.float32)
         for i in range(R):
             head = h * R + i
+            rate, shift = tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
             tiles = ()
             for j in tl.static_range(BLOCKS):
                 tile = _load_tile(
@@ -352,6 +390,7 @@ def gdn_step_kernel(
             window_q = _load_window(conv_state, read, c_q, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
             window_k = _load_window(conv_state, read, c_k, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
             window_v = _load_window(conv_state, read, c_v, in_v & stateful, P, stride_cs, stride_cc, stride_cp, W)
+            window_q, window_k, window_v = _in_f32(window_q), _in_f32(window_k), _in_f32(window_v)
             # The next token's inputs are on their way while a token is worked on.
             ahead = _load_token(
                 x, z, a, b, write_slots, start, valid & (start < stop), c_q, c_k, c_v, in_k, in_v, head, row, n, 0, L,
@@ -362,25 +401,28 @@ def gdn_step_kernel(
             while t < stop:
                 at = t.to(tl.int64)
                 new_q, new_k, new_v, z_t, a_t, b_t, write = ahead
-                new_q, new_k, new_v = new_q.to(tl.float32), new_k.to(tl.float32), new_v.to(tl.float32)
+                new_q, new_k, new_v = _in_f32((new_q, new_k, new_v))
                 ahead = _load_token(
                     x, z, a, b, write_slots, t + 1, valid & (t + 1 < stop), c_q, c_k, c_v, in_k, in_v, head, row, n,
                     t + 1 - start, L, stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
                 )  # fmt: skip
                 stored = (write >= 0) & (write < S)
-                rate, shift = tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
                 g, beta = gate(a_t.to(tl.float32), b_t.to(tl.float32), rate, shift, ALLOW_NEG_EIGVAL)
                 decay = tl.exp(g)
                 # The filter is read again for each token: that costs less than registers to keep it would.
-                q = _convolve(window_q, new_q, _load_filter(weight, bias, c_q, in_k, W), W, ACTIVATION)
-                k = _convolve(window_k, new_k, _load_filter(weight, bias, c_k, in_k, W), W, ACTIVATION)
-                vs = _convolve(window_v, new_v, _load_filter(weight, bias, c_v, in_v, W), W, ACTIVATION)
+                taps, b_c = _load_filter(weight, bias, c_q, in_k, W, W_POW2)
+                q = _convolve(window_q, new_q, taps, b_c, W, W_POW2, ACTIVATION)
+                taps, b_c = _load_filter(weight, bias, c_k, in_k, W, W_POW2)
+                k = _convolve(window_k, new_k, taps, b_c, W, W_POW2, ACTIVATION)
+                taps, b_c = _load_filter(weight, bias, c_v, in_v, W, W_POW2)
+                vs = _convolve(window_v, new_v, taps, b_c, W, W_POW2, ACTIVATION)
                 window_q, window_k, window_v = window_q[1:] + (new_q,), window_k[1:] + (new_k,), window_v[1:] + (new_v,)
                 q, k, dot = _query_key(q, k, l2norm_eps)
                 own = in_k & stored & (i == R - 1)
                 _store_window(conv_state, write, c_q, own, window_q, P, stride_cs, stride_cc, stride_cp, W)
                 _store_window(conv_state, write, c_k, own, window_k, P, stride_cs, stride_cc, stride_cp, W)
                 _store_window(conv_state, write, c_v, in_v & stored, window_v, P, stride_cs, stride_cc, stride_cp, W)
+                vs = tl.reshape(vs, [PARTS, BV])
                 os = tl.zeros([PARTS, BV], tl.float32)
                 after = ()
                 for j in tl.static_range(BLOCKS):
@@ -392,11 +434,17 @@ def gdn_step_kernel(
                     )  # fmt: skip
                     after = after + (new_tile,)
                 tiles = after
-                out = tl.where(valid, _norm_gate(os, z_t.to(tl.float32), gain, row // V, eps, 1, V, GATE), 0.0)
+                out = tl.where(valid, _norm_gate(tl.trans(os), z_t.to(tl.float32), gain, eps, 1, V, GATE), 0.0)
                 tl.store(y + (at * (H * R) + head) * V + row, out.to(y.dtype.element_ty), mask=in_v)
                 t += 1
 
-    report_slots(read, write_slots, error, n, tl.where(h == 0, 0, L), L, S, stride_wn, stride_wl)
+    # A decode row's first slot is at hand, and to load it again would cost the latency.
+    if not VERIFY:
+        tl.store(error, 1, mask=write >= S)
+        unseen = tl.where(h == 0, 1, L)
+    else:
+        unseen = tl.where(h == 0, 0, L)
+    report_slots(read, write_slots, error, n, unseen, L, S, stride_wn, stride_wl)
     # Tokens past the last sequence belong to nobody, nor do (unless cu_seqlens is malformed) those before the first
     # and a decode row's second. Whoever is next to them clears them.
     all_v = tl.arange(0, RV_POW2)

@@ -4,7 +4,6 @@ sync, no tuning at run time, and nothing is compiled again when only the batch c
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +18,11 @@ if TYPE_CHECKING:
 # type of state whatever the batch: the order of sums follows from it, and with it a row's bits. No eviction hints: the
 # code that makes them costs more than they give.
 STEP: dict[int, dict[str, Any]] = {  # by bytes of an element of the state
-    4: {"TILE": 4096, "AHEAD": 2, "num_warps": 4},
-    2: {"TILE": 4096, "AHEAD": 2, "num_warps": 4},
+    4: {"TILE": 4096, "AHEAD": 3, "num_warps": 8},
+    2: {"TILE": 8192, "AHEAD": 2, "num_warps": 8},
 }
+KV_AHEAD = 2
+"""At most for a state [K, V], which takes more registers: two programs an SM are worth more than a third tile."""
 VERIFY: dict[int, dict[str, Any]] = {
     4: {"TILE": 4096, "num_warps": 4},
     2: {"TILE": 16384, "num_warps": 4},  # a whole head of 128 x 128: no parts of v and o to pick
@@ -78,9 +79,11 @@ def gdn_step(
 
     verify = seq.phase == "verify"
     blocks = dict((VERIFY if verify else STEP)[state.element_size()])
-    k_pow2, parts = _next_power_of_2(k), 1 if verify else hv // h
     block_v = _block_v(blocks.pop("TILE"), k, v)
     count = _cdiv(v, block_v)
+    tiles = hv // h * count
+    columns = _next_power_of_2(count) * (1 if verify else _next_power_of_2(hv // h))
+    k_pow2 = max(_next_power_of_2(k), columns)
     if verify:  # a head's whole state stays in registers
         elements = _next_power_of_2(count * block_v * k_pow2)
         blocks["num_warps"] = max(blocks["num_warps"], elements // (32 * VERIFY_ELEMENTS))
@@ -126,6 +129,7 @@ def gdn_step(
             STRIDE_V=state.stride(v_dim),
             STRIDE_K=state.stride(k_dim),
             W=width,
+            W_POW2=_next_power_of_2(width),
             H=h,
             R=hv // h,
             K=k,
@@ -133,9 +137,9 @@ def gdn_step(
             K_POW2=k_pow2,
             R_POW2=_next_power_of_2(hv // h),
             RV_POW2=_next_power_of_2(hv // h * v),
-            PARTS=_next_power_of_2(parts * count),
+            PARTS=columns,
             BV=block_v,
-            AHEAD=0 if verify else math.gcd(blocks.pop("AHEAD"), count),
+            AHEAD=0 if verify else min(blocks.pop("AHEAD"), tiles, KV_AHEAD if state_layout == "kv" else tiles),
             SHARED=block_v * k_pow2 < 64 * blocks["num_warps"],
             VERIFY=verify,
             ACTIVATION=activation,
