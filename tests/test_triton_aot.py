@@ -364,9 +364,9 @@ def test_step_compiles_within_limits(compile_for, tmp_path, target, launch, head
     threads = TARGETS[target][0].warp_size * kernels[0].metadata.num_warps
     padded = v * (1 << (k - 1).bit_length()) * state_dtype.itemsize // 16 // threads
     if launch == "rule":
-        padded = triton_step.RULE["TILE"] * state_dtype.itemsize // 16 // threads
+        padded = triton_step.RULE["default"]["TILE"] * state_dtype.itemsize // 16 // threads
     elif phase == "decode":
-        table = triton_step.STEP[state_dtype.itemsize]
+        table = triton_step.STEP[state_dtype.itemsize]["default"]
         padded = table["TILE"] * state_dtype.itemsize // 16 // threads
         assert loads >= table["AHEAD"] * padded
     assert min(loads, stores) >= padded

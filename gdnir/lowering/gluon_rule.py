@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdnir.errors import ShapeError
+from gdnir.lowering import tables
 from gdnir.lowering.relaunch import relaunched
 from gdnir.lowering.triton_launch import _on, _row_stride, _unit_last
 from gdnir.platforms import copy_bandwidth
@@ -23,13 +24,26 @@ HEAD = 128
 CHUNK = 64
 # NWG: warpgroups that share a program's tiles, 64 rows of V each. NSTG: chunks in flight. RC, RP: registers of a thread in
 # the second of these warpgroups and in the one that computes P; the first gets what is left of maxnreg for each thread.
-SINGLE = {"NWG": 1, "NSTG": 4, "RC": 0, "RP": 104, "EARLY": True, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
-PAIR = {"NWG": 2, "NSTG": 3, "RC": 208, "RP": 72, "EARLY": False, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
-SUMMARY = {"NSTG": 3, "num_warps": 4, "maxnreg": 128, "launch_pdl": True}
-STARTS = {"STAGES": 4, "num_warps": 4, "launch_pdl": True}
-# 200 registers: 8 programs of one warp on each multiprocessor. More of them with fewer registers are slower.
-PREP = {"num_warps": 1, "maxnreg": 200}
+_REGISTERS, _STAGES, _WARPS, _BOOL = range(0, 256, 8), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8), (True, False)
+_LAUNCH = {"num_warps": _WARPS, "maxnreg": _REGISTERS, "launch_pdl": _BOOL}
+_CARRY = {"NWG": (1, 2), "NSTG": _STAGES, "RC": _REGISTERS, "RP": _REGISTERS, "EARLY": _BOOL, **_LAUNCH}
+_TABLES = tables.load(
+    "gluon_rule",
+    {
+        "single": _CARRY,
+        "pair": _CARRY,
+        "summary": {"NSTG": _STAGES, **_LAUNCH},
+        "starts": {"STAGES": _STAGES, "num_warps": _WARPS, "launch_pdl": _BOOL},
+        # 200 registers: 8 programs of one warp on each multiprocessor. More of them with fewer registers are slower.
+        "prep": {"num_warps": _WARPS, "maxnreg": _REGISTERS},
+    },
+)
+# The kernels are Hopper's alone, so one kind of GPU is all there is.
+SINGLE, PAIR, SUMMARY, STARTS, PREP = (
+    _TABLES[name]["default"] for name in ("single", "pair", "summary", "starts", "prep")
+)
 PREP_FILL = 7
+"""Programs of prep for each multiprocessor, at least, before heads share one."""
 
 
 def delta_rule_prefill(

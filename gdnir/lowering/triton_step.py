@@ -4,11 +4,14 @@ sync, no tuning at run time, and nothing is compiled again when only the batch c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gdnir.lowering import tables
+from gdnir.lowering.relaunch import relaunched
+from gdnir.lowering.tables import pick
 from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _on, _row_stride, _unit_last
 
 if TYPE_CHECKING:
@@ -17,26 +20,33 @@ if TYPE_CHECKING:
 # TILE: elements of the state in a tile of BV rows. AHEAD: tiles of a program in flight (decode). One choice for each
 # type of state whatever the batch: the order of sums follows from it, and with it a row's bits. No eviction hints: the
 # code that makes them costs more than they give.
-STEP: dict[int, dict[str, Any]] = {  # by bytes of an element of the state
-    4: {"TILE": 4096, "AHEAD": 3, "num_warps": 8},
-    2: {"TILE": 8192, "AHEAD": 2, "num_warps": 8},
-}
-KV_AHEAD = 2
-"""At most for a state [K, V], which takes more registers: two programs an SM are worth more than a third tile."""
-VERIFY: dict[int, dict[str, Any]] = {
-    4: {"TILE": 4096, "num_warps": 4},
-    2: {"TILE": 16384, "num_warps": 4},  # a whole head of 128 x 128: no parts of v and o to pick
-}
+_TILES, _WARPS = (1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8, 16)
+_STEP = {"TILE": _TILES, "AHEAD": (1, 2, 3, 4), "num_warps": _WARPS}
+_VERIFY = {"TILE": _TILES, "num_warps": _WARPS}
+_TABLES = tables.load(
+    "triton_step",
+    {
+        # by bits of an element of the state
+        "step_32": _STEP,
+        "step_16": _STEP,
+        "verify_32": _VERIFY,
+        "verify_16": _VERIFY,
+        "rule": _VERIFY,
+        "norm": {"ELEMENTS": _TILES},
+        "gate": {"BLOCK": (128, 256, 512, 1024, 2048), "num_warps": _WARPS},
+    },
+)
+STEP, VERIFY = ({size: _TABLES[f"{name}_{8 * size}"] for size in (4, 2)} for name in ("step", "verify"))
+RULE = _TABLES["rule"]
 VERIFY_ELEMENTS = 128
 """Of the state in one thread: about half of its registers."""
-RULE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
-_NORM_ELEMENTS = 2048
-_GATE = {"BLOCK": 512, "num_warps": 4}
+KV_AHEAD = 2
+"""At most for a state [K, V], which takes more registers: two programs an SM are worth more than a third tile."""
 
 
 def tiles(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> int:
     """Tiles of the state that one program of `gdn_step` goes through; of verify, its code is written out for each of a head."""
-    rows = [c["TILE"] // _next_power_of_2(key_dim) for t in (STEP, VERIFY) for c in t.values()]
+    rows = [c["TILE"] // _next_power_of_2(key_dim) for t in (STEP, VERIFY) for s in t.values() for c in s.values()]
     return value_heads // key_heads * _cdiv(value_dim, min(*rows, _next_power_of_2(value_dim)))
 
 
@@ -78,7 +88,7 @@ def gdn_step(
     from gdnir.kernels import gdn_step as kernels
 
     verify = seq.phase == "verify"
-    blocks = dict((VERIFY if verify else STEP)[state.element_size()])
+    blocks = dict(pick((VERIFY if verify else STEP)[state.element_size()], state.device))
     block_v = _block_v(blocks.pop("TILE"), k, v)
     count = _cdiv(v, block_v)
     tiles = hv // h * count
@@ -92,7 +102,7 @@ def gdn_step(
     v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
     width = weight.shape[1]
     with _on(qkv.device):
-        kernels.gdn_step_kernel[(seq.num_seqs * h,)](
+        relaunched(kernels.gdn_step_kernel)[(seq.num_seqs * h,)](
             x,
             z,
             a,
@@ -176,9 +186,10 @@ def delta_rule_step(
 
     q, k, v, g, beta = _unit_last(q), _unit_last(k), _unit_last(v), _unit_last(g), _unit_last(beta)
     v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
-    block_v = _block_v(RULE["TILE"], key_dim, value_dim)
+    blocks = pick(RULE, state.device)
+    block_v = _block_v(blocks["TILE"], key_dim, value_dim)
     with _on(v.device):
-        kernels.delta_rule_step_kernel[(seq.num_seqs * hv * _cdiv(value_dim, block_v),)](
+        relaunched(kernels.delta_rule_step_kernel)[(seq.num_seqs * hv * _cdiv(value_dim, block_v),)](
             q,
             k,
             v,
@@ -213,7 +224,7 @@ def delta_rule_step(
             K_POW2=_next_power_of_2(key_dim),
             BV=block_v,
             VERIFY=seq.phase == "verify",
-            num_warps=RULE["num_warps"],
+            num_warps=blocks["num_warps"],
         )
     return o
 
@@ -232,10 +243,10 @@ def l2norm(x: Tensor, *, eps: float) -> Tensor:
     width = x.shape[-1]
     x = _unit_last(x if x.dim() == 3 else x.reshape(-1, 1, width))
     padded = _next_power_of_2(width)
-    per_program = max(1, _NORM_ELEMENTS // padded)
+    per_program = max(1, pick(_TABLES["norm"], x.device)["ELEMENTS"] // padded)
     rows = x.shape[0] * x.shape[1]
     with _on(x.device):
-        kernels.l2norm_kernel[(_cdiv(rows, per_program),)](
+        relaunched(kernels.l2norm_kernel)[(_cdiv(rows, per_program),)](
             x,
             y,
             rows,
@@ -260,8 +271,9 @@ def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_
     from gdnir.kernels import gdn_gate as kernels
 
     a, b = _unit_last(a), _unit_last(b)
+    blocks = pick(_TABLES["gate"], a.device)
     with _on(a.device):
-        kernels.gdn_gate_kernel[(_cdiv(g.numel(), _GATE["BLOCK"]),)](
+        relaunched(kernels.gdn_gate_kernel)[(_cdiv(g.numel(), blocks["BLOCK"]),)](
             a,
             b,
             A_log.contiguous(),
@@ -273,7 +285,7 @@ def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_
             _row_stride(b),
             HV=a.shape[1],
             ALLOW_NEG_EIGVAL=allow_neg_eigval,
-            **_GATE,
+            **blocks,
         )
     return g, beta
 

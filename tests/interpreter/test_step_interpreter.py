@@ -43,8 +43,8 @@ def test_rule(case):
 def test_state_in_several_tiles(phase, monkeypatch):
     """Small tiles: more of them than are in flight, and a last one that sticks out."""
     for table in (cases.triton_step.STEP, cases.triton_step.VERIFY):
-        monkeypatch.setitem(table, 4, table[4] | {"TILE": 64})
-    monkeypatch.setitem(cases.triton_step.RULE, "TILE", 64)
+        monkeypatch.setitem(table, 4, {kind: c | {"TILE": 64} for kind, c in table[4].items()})
+    monkeypatch.setitem(cases.triton_step.RULE, "default", cases.triton_step.RULE["default"] | {"TILE": 64})
     rows = cases.ROWS[phase][:2]
     case = cases.Case("", phase, rows, heads=(1, 2, 16, 10), slots=cases.SLOTS[phase], state_layout="kv")
     cases.check_step(case, torch.float32, "cpu")
