@@ -94,13 +94,14 @@ def main(
     out: Annotated[Path, typer.Option()] = HERE / "results",
     provider: Annotated[str, typer.Option(help="default: what the lowering chooses on this device")] = "default",
     peers: Annotated[str, typer.Option(help="peers to measure in this run")] = "fla-core,flashinfer",
+    only: Annotated[str, typer.Option(help="cases whose names have this in them")] = "",
 ):
     copy, rate = ceilings()
     name, asked = ("delta_rule", None) if provider == "default" else (f"delta_rule_{provider}", provider)
     wanted, notes, rows, skipped = peers.split(","), [], [], []
     cases = [(f"({h[0]},{h[1]}) {b}", h, lengths, 128, 128, 1.0) for h in HEADS for b, lengths in BATCHES.items()]
     cases += [(f"OLMo (30,30) {b}", (30, 30), lengths, 96, 192, 2.0) for b, lengths in OLMO.items()]
-    for case in cases:
+    for case in (c for c in cases if only in c[0]):
         try:
             rows.append(row(*case, asked, wanted, (copy, rate), notes))
         except gdnir.GdnirError as refusal:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,44 +32,30 @@ def relaunched(kernel: Any) -> Any:
     return launcher
 
 
+class _Places(NamedTuple):
+    """Which arguments of a launch say what, for arguments of these types."""
+
+    constants: list[int]
+    tensors: list[int]
+    aligned: list[int]
+    integers: list[int]
+    ones: list[int]  # 1 is compiled in
+    sixteens: list[int]
+    descriptors: list[int]
+    options: list[str]
+
+
 class Relaunch:
     """A kernel, and what has been compiled of it, by device and key."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.names: list[str] = kernel.arg_names
-        self.parameters = frozenset(self.names)
-        self.kinds = [
-            (p.is_constexpr, not p.do_not_specialize, not (p.do_not_specialize or p.do_not_specialize_on_alignment))
-            for p in kernel.params
-        ]
+        self.places: dict[Any, _Places] = {}
         self.compiled: dict[Any, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self.launch, grid)
-
-    def key(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
-        """(key, all arguments in order). Raises KeyError if one is missing, TypeError for what this file does not know."""
-        values = [*args, *[named[name] for name in self.names[len(args) :]]]
-        key: list[Any] = []
-        for x, (constant, by_value, by_alignment) in zip(values, self.kinds, strict=True):
-            kind = type(x)
-            if constant or x is None or kind is bool:
-                key.append(x)
-            elif kind is int:
-                key.append((by_value and x == 1, by_alignment and x % 16 == 0, -(2**31) <= x < 2**31, x < 2**63))
-            elif kind is float:
-                key.append(float)
-            elif isinstance(x, Tensor):
-                key.append((x.dtype, by_alignment and x.data_ptr() % 16 == 0))
-            elif kind.__name__ == "TensorDescriptor":
-                key.append(
-                    (x.base.dtype, *x.block_shape, id(x.layout))
-                )  # layouts are constants of the kernels' modules
-            else:
-                raise TypeError(kind)
-        key += [option for option in named.items() if option[0] not in self.parameters]
-        return tuple(key), values
 
     def launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
         device = torch.cuda.current_device()
@@ -79,3 +65,45 @@ class Relaunch:
             self.compiled[device, key] = self.kernel[grid](*args, **named)
         else:
             compiled[(*grid, 1, 1)](*values, stream=torch._C._cuda_getCurrentRawStream(device))
+
+    def key(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """(key, all arguments in order). Raises KeyError if one is missing, TypeError for what this file does not know."""
+        values = [*args, *[named[name] for name in self.names[len(args) :]]]
+        kind = tuple(map(type, values)), len(args), tuple(named)
+        places = self.places.get(kind)
+        if places is None:
+            places = self.places[kind] = self._sort(kind[0], named)
+        x = values
+        key = (
+            kind,
+            tuple([x[i] for i in places.constants]),
+            tuple([x[i].dtype for i in places.tensors]),
+            tuple([x[i].data_ptr() % 16 == 0 for i in places.aligned]),
+            tuple([-(2**31) <= x[i] < 2**31 for i in places.integers]),
+            tuple([x[i] == 1 for i in places.ones]),
+            tuple([x[i] % 16 == 0 for i in places.sixteens]),
+            # Layouts are constants of the kernels' modules, so that each is one object.
+            tuple([(x[i].base.dtype, *x[i].block_shape, id(x[i].layout)) for i in places.descriptors]),
+            tuple([named[name] for name in places.options]),
+        )
+        return key, values
+
+    def _sort(self, types: tuple[type, ...], named: dict[str, Any]) -> _Places:
+        places = _Places([], [], [], [], [], [], [], [name for name in named if name not in self.names])
+        for i, (kind, p) in enumerate(zip(types, self.kernel.params, strict=True)):
+            by_value = not p.do_not_specialize
+            by_alignment = by_value and not p.do_not_specialize_on_alignment
+            if p.is_constexpr or kind is bool:
+                places.constants.append(i)
+            elif kind is int:
+                places.integers.append(i)
+                places.ones.extend([i] * by_value)
+                places.sixteens.extend([i] * by_alignment)
+            elif issubclass(kind, Tensor):
+                places.tensors.append(i)
+                places.aligned.extend([i] * by_alignment)
+            elif kind.__name__ == "TensorDescriptor":
+                places.descriptors.append(i)
+            elif kind not in (float, type(None)):
+                raise TypeError(f"{self.names[i]} is a {kind.__name__}")
+        return places

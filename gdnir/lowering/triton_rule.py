@@ -33,8 +33,8 @@ _TABLES = tables.load(
 PREP, RULE, STARTS = _TABLES["prep"], _TABLES["rule"], _TABLES["starts"]
 # Chunks of a segment, by the most value heads it is for; a sequence of over CUT segments is cut. Head counts and a row's
 # own length decide, nothing else, or its neighbours would change its bits.
-SEGMENTS = ((8, 16), (16, 32))
-CUT = 4
+SEGMENTS = ((8, 8), (16, 32))
+CUT = 3
 
 
 def delta_rule_prefill(
