@@ -224,6 +224,7 @@ class Cpu:
     int32, int64, float32, float16, bfloat16 = torch.int32, torch.int64, torch.float32, torch.float16, torch.bfloat16
     load, store = staticmethod(load), staticmethod(store)
     exp2, sum, static_range = staticmethod(torch.exp2), staticmethod(torch.sum), range
+    max = staticmethod(lambda x, axis: x.amax(axis))
     associative_scan = staticmethod(lambda x, axis, combine: torch.cumsum(x, axis))  # every scan here is a sum
     minimum = staticmethod(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)))
     maximum = staticmethod(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)))
@@ -303,6 +304,7 @@ class Launched:
             "_wait_for_primary": lambda: None,
             "_opaque_zero": lambda c: 0,
             "_after": lambda x, zero: x,
+            "_power_of_two": lambda x: torch.where(x > 0, torch.exp2(torch.floor(torch.log2(x))), 1.0),
             "_after_16": lambda x, zero: x,
         }
         arguments = [self.argument(x) for x in args]

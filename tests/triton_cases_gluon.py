@@ -47,6 +47,7 @@ class Case:
     views: bool = False  # q, k, v are columns of one tensor
     broken: int = -1  # the row whose operands are NaN
     segment: int | None = None  # chunks of a segment; 0: no sequence is cut
+    size: float = 1.0  # of v and the states
 
 
 def fresh(*lengths):
@@ -101,6 +102,7 @@ CASES = [
     Case("cut-2-fresh-elsewhere", ((64 * 7, False, 0, 1), (64 * 5, True, 2, 3)), segment=2, state_dtype=torch.bfloat16),
     Case("cut-1-padded", ((200, True, -1, 0), (200, True, 1, -1), (200, True, 99, 2), (130, False, 3, 3)), segment=1),
     Case("cut-1-gates", cont(64 * 4), segment=1, gate="mixed", heads=(1, 2)),
+    *(Case(f"cut-1-size{size}", cont(64 * 4), segment=1, size=size) for size in (1e7, 1e-7)),
     Case("cut-1-broken", cont(200, 130, 200), broken=1, segment=1, state="strided"),
     *(
         # No similar keys with beta = 2: along their direction the state is reflected, not forgotten, and what the rounding of
@@ -158,7 +160,7 @@ def make_inputs(case, seq, device, seed=0):
         k = F.normalize(0.95**0.5 * one + 0.05**0.5 * k, dim=-1)
     elif case.keys == "identical":
         k = one.expand(tokens, h, 128)
-    v = torch.randn(tokens, hv, 128, generator=gen)
+    v = torch.randn(tokens, hv, 128, generator=gen) * case.size
     g = make_gates(case.gate, (tokens, hv), gen)
     beta = torch.randn(tokens, hv, generator=gen).sigmoid() if case.beta == "random" else torch.full_like(g, case.beta)
     owned = owned_tokens(seq, case.slots)
@@ -190,7 +192,7 @@ def make_pool(case, seq, device):
         storage = view = torch.full(shape, NAN, dtype=case.state_dtype, device=device)
     for has, slot in zip(seq.has_state.tolist(), seq.read_slots.tolist(), strict=True):
         if has and 0 <= slot < case.slots:
-            view[slot] = torch.randn(shape[1:], generator=gen).to(view)
+            view[slot] = (torch.randn(shape[1:], generator=gen) * case.size).to(view)
     return storage, view
 
 
@@ -210,7 +212,7 @@ def poisoned():
         empty=empty,
         cuda=torch.cuda,
         float32=torch.float32,
-        bfloat16=torch.bfloat16,
+        float16=torch.float16,
         contiguous_format=torch.contiguous_format,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +227,7 @@ def assert_close(got, want, label, limit=5e-3):
     assert_each_close(got[None], want[None], [label], limit)
 
 
-def assert_each_close(got, want, labels, limit=5e-3):
+def assert_each_close(got, want, labels, limit=5e-3, rows_limit=None):
     """assert_close of got[i] and want[i] for every i, waiting for the device once."""
     if not want.numel():
         return
@@ -241,7 +243,7 @@ def assert_each_close(got, want, labels, limit=5e-3):
     for label, *found in zip(labels, *torch.stack([finite, zero, rows, overall]).tolist(), strict=True):
         assert found[0], f"{label} is not finite"
         assert found[1], f"{label} is not zero"
-        assert found[2] <= 6 * limit, f"{label}: row error {found[2]}"
+        assert found[2] <= (rows_limit or 6 * limit), f"{label}: row error {found[2]}"
         assert found[3] <= most, f"{label}: error {found[3]}"
 
 
@@ -271,7 +273,9 @@ def check(case, device):
             written[write] = n
     rounding = 3e-3 if case.state_dtype == torch.bfloat16 else 0
     sound = {slot: f"state of row {n}" for slot, n in written.items() if n != case.broken}
-    assert_each_close(pool[list(sound)], new_pool[list(sound)], list(sound.values()), limit=limit + rounding)
+    # Identical keys leave a state one direction: a row of it is one number, with the rounding of T in full.
+    rows_limit = 6e-2 if case.keys == "identical" else None
+    assert_each_close(pool[list(sound)], new_pool[list(sound)], list(sound.values()), limit + rounding, rows_limit)
     slots = list(written)
     pool[slots] = before.as_strided(pool.shape, pool.stride(), pool.storage_offset())[slots]
     assert torch.equal(bits(storage), bits(before)), "memory of other slots"

@@ -133,7 +133,27 @@ def _fits_rule(
     return None
 
 
-@lowers(ops.gated_delta_rule, "triton", available=on_gpu, accepts=_fits_rule, batch_invariant=True)
+def _rule_by_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    seq: Seq,
+    *,
+    scale: float,
+    state_layout: str,
+) -> Tensor:
+    if seq.phase != "prefill":
+        return triton_step.delta_rule_step(q, k, v, g, beta, state, seq, scale=scale, state_layout=state_layout)
+    segment = triton_rule.segment_of_heads(v.shape[1])
+    return triton_rule.delta_rule_prefill(
+        q, k, v, g, beta, state, seq, scale=scale, state_layout=state_layout, segment=segment
+    )
+
+
+@lowers(ops.gated_delta_rule, "triton", available=on_gpu, accepts=_fits_rule, batch_invariant=_rule_by_heads)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -31,10 +31,11 @@ _TABLES = tables.load(
     },
 )
 PREP, RULE, STARTS = _TABLES["prep"], _TABLES["rule"], _TABLES["starts"]
-# Chunks of a segment, by the most value heads it is for; a sequence of over CUT segments is cut. Head counts and a row's
-# own length decide, nothing else, or its neighbours would change its bits.
-SEGMENTS = ((8, 8), (16, 32))
-CUT = 3
+# Chunks of a segment by the most value heads it is for; a sequence of over four segments is cut. Head counts and a row's own
+# length decide, nothing else, or its neighbours would change its bits.
+SEGMENTS = ((8, 16), (16, 32))
+# Where neighbours may: few sequences times heads, none of more chunks than the second number, are cut by this.
+FEW, SHORT, SHORT_SEGMENT = 8, 64, (8, 24)
 
 
 def delta_rule_prefill(
@@ -56,7 +57,7 @@ def delta_rule_prefill(
     [T, HV] f32, any strides; state: [S, HV, V, K] ("vk") or [S, HV, K, V] ("kv"), any strides, f32 or bf16, updated in
     place. K <= 128 and V multiples of 16. Products of rounded operands, sums in f32, the state in f32 from chunk to
     chunk. Tokens of padding rows and of nobody are exactly 0. A slot >= S sets seq.error. `segment`: chunks of a
-    segment (0: no sequence is cut; None: from HV). Returns o [T, HV, V], contiguous.
+    segment (0: no sequence is cut; None: as measured for the shapes). Returns o [T, HV, V], contiguous.
     """
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if seq.num_seqs == 0:
@@ -66,10 +67,8 @@ def delta_rule_prefill(
     q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
     (tokens, key_heads, key_dim), (_, heads, value_dim), rows = q.shape, v.shape, seq.num_seqs
     prep, rule, starts_blocks = (pick(table, v.device) for table in (PREP, RULE, STARTS))
-    if segment is None:
-        segment = next((length for most, length in SEGMENTS if heads <= most), 0)
-    length = segment * CHUNK
-    numbers = tokens // length if segment and seq.max_len > CUT * length else 0
+    segment, cut_from = (segment, 4 * segment) if segment is not None else _segment(rows, heads, seq.max_len)
+    numbers = tokens // (segment * CHUNK) if segment and seq.max_len > cut_from * CHUNK else 0
     segment = segment if numbers else 0
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -115,7 +114,7 @@ def delta_rule_prefill(
         "stride_wn": seq.write_slots.stride(0),
     }
     shape = {"HV": heads, "K": key_dim, "BK": _next_power_of_2(key_dim)}
-    cut = {"SEGMENT": segment, "CUT": CUT * segment}
+    cut = {"SEGMENT": segment, "CUT": cut_from if segment else 0}
     tiles = _cdiv(value_dim, rule["BV"])
     with _on(v.device):
         if tokens:
@@ -165,3 +164,15 @@ def delta_rule_prefill(
 def _divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def segment_of_heads(heads: int) -> int:
+    """Chunks of a segment for a batch whose rows must not know of each other."""
+    return next((length for most, length in SEGMENTS if heads <= most), 0)
+
+
+def _segment(rows: int, heads: int, longest: int) -> tuple[int, int]:
+    """Chunks of a segment, and of how many more than which a sequence is cut."""
+    if rows * heads <= FEW and longest <= SHORT * CHUNK:
+        return SHORT_SEGMENT
+    return segment_of_heads(heads), 4 * segment_of_heads(heads)
