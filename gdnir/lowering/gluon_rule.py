@@ -204,7 +204,7 @@ def _shared_heads(tiles: int, group: int, cores: int) -> int:
 
 # Fitted to an H100's times. Microseconds of a chunk while memory keeps up: of a program of SINGLE, of PAIR, and of one or two
 # on a core that follow 64 rows of a state without outputs. Then the share of a large copy's bandwidth that each of them reaches.
-SINGLE_US, PAIR_US, FOLLOW_US = 1.13, 2.1, (0.87, 1.35)
+SINGLE_US, PAIR_US, FOLLOW_US = 1.13, 2.1, (1.05, 1.35)
 SINGLE_SHARE, PAIR_SHARE = 0.75, 0.88
 # Bytes of a chunk, v, T, gates and outputs or not, and those that the value heads of a key head share.
 OUTPUT_BYTES, FOLLOW_BYTES, QK_BYTES, K_BYTES = 41 << 10, 25 << 10, 32 << 10, 16 << 10
