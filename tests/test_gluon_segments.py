@@ -40,4 +40,3 @@ def test_the_choice_is_near_the_best_that_was_measured(case):
     # A count between two that were measured costs at most the dearer one.
     chosen = max(times[max(c for c in times if c <= count)], times[min(c for c in times if c >= count)])
     assert chosen <= 1.08 * min(times.values())
-
