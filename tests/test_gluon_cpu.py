@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import triton_cases_gluon as cases
 from gluon_on_cpu import gluon_on_cpu
+from triton_cases_invariant import check_compositions
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
@@ -32,3 +33,8 @@ def test_bits_do_not_depend_on_neighbours_or_timing(monkeypatch):
     cases.only("pair", monkeypatch)
     with gluon_on_cpu(seed=1):
         cases.check_alone(cases.Case("", cases.cont(3, 66, 0)), "cpu")
+
+
+def test_a_few_compositions_of_a_batch():
+    with gluon_on_cpu(seed=2):
+        check_compositions("gluon", (1, 1, 128, 128), "cpu", count=4, lengths=(0, 3, 66, 400), neighbours=3)

@@ -83,7 +83,7 @@ def test_1000_launches_bitwise_equal(schedule):
         pool = start.clone()
         return cases.run(case, seq, inputs, pool), pool
 
-    check_repeats(launch)
+    check_repeats(launch, 1000)
 
 
 def test_cuda_graph_replays_with_new_contents_and_nothing_waits(schedule):
