@@ -101,8 +101,10 @@ def delta_rule_prefill(
     if segment is None:
         segment = _segment(rows, k.shape[1], heads, chunks, cores, bandwidth)
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
-    starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
-    steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float16, device=v.device)
+    starts = steps = gates  # not looked at
+    if slots:
+        starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
+        steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float16, device=v.device)
     has_state = _unit_last(seq.has_state)
     segment = segment or 1
     sizes = tokens, count, state.shape[0], slots, segment
