@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +34,15 @@ def relaunched(kernel: Any) -> Any:
 
 
 class _Places(NamedTuple):
-    """Which arguments of a launch say what, for arguments of these types."""
+    """Which of a launch's arguments say what, for arguments of these types; the getters give them all at once."""
 
-    constants: list[int]
+    constants: Callable[[Any], Any]
+    specialised: Callable[[Any], Any]  # integers of which some values are compiled in, and divisors
+    others: list[int]  # integers of which only the width is
     tensors: list[int]
     aligned: list[int]
-    integers: list[int]
-    ones: list[int]  # 1 is compiled in
-    sixteens: list[int]
     descriptors: list[int]
-    options: list[str]
+    options: Callable[[Any], Any]
 
 
 class Relaunch:
@@ -69,41 +69,46 @@ class Relaunch:
     def key(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, list[Any]]:
         """(key, all arguments in order). Raises KeyError if one is missing, TypeError for what this file does not know."""
         values = [*args, *[named[name] for name in self.names[len(args) :]]]
-        kind = tuple(map(type, values)), len(args), tuple(named)
+        kind = tuple(map(type, values)), tuple(named)
         places = self.places.get(kind)
         if places is None:
             places = self.places[kind] = self._sort(kind[0], named)
-        x = values
         key = (
             kind,
-            tuple([x[i] for i in places.constants]),
-            tuple([x[i].dtype for i in places.tensors]),
-            tuple([x[i].data_ptr() % 16 == 0 for i in places.aligned]),
-            tuple([-(2**31) <= x[i] < 2**31 for i in places.integers]),
-            tuple([x[i] == 1 for i in places.ones]),
-            tuple([x[i] % 16 == 0 for i in places.sixteens]),
+            places.constants(values),
+            # Triton asks for 1 and multiples of 16. These are strides: their values are as few.
+            places.specialised(values),
+            tuple([-(2**31) <= values[i] < 2**31 for i in places.others]),
+            tuple([values[i].dtype for i in places.tensors]),
+            tuple([values[i].data_ptr() % 16 for i in places.aligned]),
             # Layouts are constants of the kernels' modules, so that each is one object.
-            tuple([(x[i].base.dtype, *x[i].block_shape, id(x[i].layout)) for i in places.descriptors]),
-            tuple([named[name] for name in places.options]),
+            tuple([(x.base.dtype, *x.block_shape, id(x.layout)) for x in [values[i] for i in places.descriptors]]),
+            places.options(named),
         )
         return key, values
 
     def _sort(self, types: tuple[type, ...], named: dict[str, Any]) -> _Places:
-        places = _Places([], [], [], [], [], [], [], [name for name in named if name not in self.names])
+        constants: list[int] = []
+        specialised: list[int] = []
+        places = _Places(_none, _none, [], [], [], [], _getter([name for name in named if name not in self.names]))
         for i, (kind, p) in enumerate(zip(types, self.kernel.params, strict=True)):
-            by_value = not p.do_not_specialize
-            by_alignment = by_value and not p.do_not_specialize_on_alignment
             if p.is_constexpr or kind is bool:
-                places.constants.append(i)
+                constants.append(i)
             elif kind is int:
-                places.integers.append(i)
-                places.ones.extend([i] * by_value)
-                places.sixteens.extend([i] * by_alignment)
+                (places.others if p.do_not_specialize else specialised).append(i)
             elif issubclass(kind, Tensor):
                 places.tensors.append(i)
-                places.aligned.extend([i] * by_alignment)
+                places.aligned.extend([i] * (not p.do_not_specialize and not p.do_not_specialize_on_alignment))
             elif kind.__name__ == "TensorDescriptor":
                 places.descriptors.append(i)
             elif kind not in (float, type(None)):
                 raise TypeError(f"{self.names[i]} is a {kind.__name__}")
-        return places
+        return places._replace(constants=_getter(constants), specialised=_getter(specialised))
+
+
+def _none(_: Any) -> None:
+    return None
+
+
+def _getter(items: list[Any]) -> Callable[[Any], Any]:
+    return itemgetter(*items) if items else _none
