@@ -4,7 +4,8 @@ sync, no tuning at run time, and nothing is compiled again when only the batch c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -88,19 +89,12 @@ def gdn_step(
     from gdnir.kernels import gdn_step as kernels
 
     verify = seq.phase == "verify"
-    blocks = dict(pick((VERIFY if verify else STEP)[state.element_size()], state.device))
-    block_v = _block_v(blocks.pop("TILE"), k, v)
-    count = _cdiv(v, block_v)
-    tiles = hv // h * count
-    columns = _next_power_of_2(count) * (1 if verify else _next_power_of_2(hv // h))
-    k_pow2 = max(_next_power_of_2(k), columns)
-    if verify:  # a head's whole state stays in registers
-        elements = _next_power_of_2(count * block_v * k_pow2)
-        blocks["num_warps"] = max(blocks["num_warps"], elements // (32 * VERIFY_ELEMENTS))
+    blocks = pick((VERIFY if verify else STEP)[state.element_size()], state.device)
+    constants = _step_constants(tuple(blocks.items()), (h, hv, k, v), weight.shape[1], state_layout, verify)
     x, z, a, b = _unit_last(qkv), _unit_last(z), _unit_last(a), _unit_last(b)
     c_dim, p_dim = (1, 2) if conv_layout == "cw" else (2, 1)
     v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
-    width = weight.shape[1]
+    conv_strides, strides = conv_state.stride(), state.stride()
     with _on(qkv.device):
         relaunched(kernels.gdn_step_kernel)[(seq.num_seqs * h,)](
             x,
@@ -126,38 +120,57 @@ def gdn_step(
             stride_zh=z.stride(1),
             stride_at=_row_stride(a),
             stride_bt=_row_stride(b),
-            stride_cs=conv_state.stride(0),
-            stride_cc=conv_state.stride(c_dim),
-            stride_cp=conv_state.stride(p_dim),
-            stride_s=state.stride(0),
-            stride_h=state.stride(1),
+            stride_cs=conv_strides[0],
+            stride_cc=conv_strides[c_dim],
+            stride_cp=conv_strides[p_dim],
+            stride_s=strides[0],
+            stride_h=strides[1],
             stride_wn=seq.write_slots.stride(0),
             stride_wl=seq.write_slots.stride(1),
             l2norm_eps=l2norm_eps,
             scale=scale,
             eps=eps,
-            STRIDE_V=state.stride(v_dim),
-            STRIDE_K=state.stride(k_dim),
-            W=width,
-            W_POW2=_next_power_of_2(width),
-            H=h,
-            R=hv // h,
-            K=k,
-            V=v,
-            K_POW2=k_pow2,
-            R_POW2=_next_power_of_2(hv // h),
-            RV_POW2=_next_power_of_2(hv // h * v),
-            PARTS=columns,
-            BV=block_v,
-            AHEAD=0 if verify else min(blocks.pop("AHEAD"), tiles, KV_AHEAD if state_layout == "kv" else tiles),
-            SHARED=block_v * k_pow2 < 64 * blocks["num_warps"],
-            VERIFY=verify,
+            STRIDE_V=strides[v_dim],
+            STRIDE_K=strides[k_dim],
             ACTIVATION=activation,
             ALLOW_NEG_EIGVAL=allow_neg_eigval,
             GATE=gate,
-            **blocks,
+            **constants,
         )
     return y
+
+
+@functools.lru_cache(maxsize=256)
+def _step_constants(
+    blocks: tuple[tuple[str, Any], ...], heads: tuple[int, int, int, int], width: int, state_layout: str, verify: bool
+) -> dict[str, Any]:
+    """What `gdn_step` is compiled for: all that follows from sizes and the table's choice."""
+    (h, hv, k, v), options = heads, dict(blocks)
+    block_v = _block_v(options.pop("TILE"), k, v)
+    count = _cdiv(v, block_v)
+    tiles = hv // h * count
+    columns = _next_power_of_2(count) * (1 if verify else _next_power_of_2(hv // h))
+    k_pow2 = max(_next_power_of_2(k), columns)
+    if verify:  # a head's whole state stays in registers
+        elements = _next_power_of_2(count * block_v * k_pow2)
+        options["num_warps"] = max(options["num_warps"], elements // (32 * VERIFY_ELEMENTS))
+    return {
+        "W": width,
+        "W_POW2": _next_power_of_2(width),
+        "H": h,
+        "R": hv // h,
+        "K": k,
+        "V": v,
+        "K_POW2": k_pow2,
+        "R_POW2": _next_power_of_2(hv // h),
+        "RV_POW2": _next_power_of_2(hv // h * v),
+        "PARTS": columns,
+        "BV": block_v,
+        "AHEAD": 0 if verify else min(options.pop("AHEAD"), tiles, KV_AHEAD if state_layout == "kv" else tiles),
+        "SHARED": block_v * k_pow2 < 64 * options["num_warps"],
+        "VERIFY": verify,
+        **options,
+    }
 
 
 def delta_rule_step(
