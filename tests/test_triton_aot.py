@@ -208,6 +208,9 @@ def launch_prep(dtype, *, heads="qwen", layout="cw", tokens=48, rows=2, slots=4)
     )  # fmt: skip
 
 
+# A minute of compiling on two cores, for kernels in f32 on GPUs other than Hopper's.
+NIGHTLY = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="runs in `make nightly`")
+
 LAUNCHES = {
     "l2norm": lambda dtype: triton_step.l2norm(torch.empty(7, 16, 128, dtype=dtype), eps=1e-6),
     "gate": lambda dtype: triton_step.gdn_gate(
@@ -249,7 +252,11 @@ def resources(kernel, folder):
 # f16 compiles to almost the code of bf16: one target is enough.
 @pytest.mark.parametrize(
     ("target", "dtype"),
-    [(target, dtype) for target in TARGETS for dtype in (torch.bfloat16, torch.float32)] + [("sm_90", torch.float16)],
+    [
+        *((target, torch.bfloat16) for target in TARGETS),
+        *(("sm_90", dtype) for dtype in (torch.float16, torch.float32)),
+        *(pytest.param(target, torch.float32, marks=NIGHTLY) for target in TARGETS if target != "sm_90"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("launch", LAUNCHES)
