@@ -38,11 +38,16 @@ def replay_ms(*calls, replays=40):
         graphs.append(graph)
     for graph in graphs:
         graph.replay()
+    return events_ms([graph.replay for graph in graphs], replays)
+
+
+def events_ms(calls, repeats):
+    """Median milliseconds between CUDA events around one of the calls, which take turns."""
     spans = []
-    for i in range(max(replays, len(graphs))):
+    for i in range(max(repeats, len(calls))):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graphs[i % len(graphs)].replay()
+        calls[i % len(calls)]()
         end.record()
         end.synchronize()
         spans.append(start.elapsed_time(end))

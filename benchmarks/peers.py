@@ -6,7 +6,7 @@ Each maker returns None where its package is not installed or does not take the 
 import os
 
 import torch
-from gpu import replay_ms
+from gpu import events_ms, replay_ms
 
 os.environ.setdefault("FLA_FLASH_QLA", "0")  # else fla-core hands prefill to FlashQLA where that is installed
 
@@ -17,22 +17,9 @@ def peer_ms(*calls, replays=40):
         return replay_ms(*calls, replays=replays), "graph"
     except RuntimeError:
         torch.cuda.synchronize()
-        return eager_ms(*calls), "events"
-
-
-def eager_ms(*calls, repeats=20):
-    """Median of CUDA events around calls, for what syncs with the host and cannot be captured."""
     for call in calls:
         call()
-    spans = []
-    for i in range(max(repeats, len(calls))):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        calls[i % len(calls)]()
-        end.record()
-        end.synchronize()
-        spans.append(start.elapsed_time(end))
-    return sorted(spans)[len(spans) // 2]
+    return events_ms(calls, 20), "events"
 
 
 def error(got, want):

@@ -35,8 +35,8 @@ def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
         }
         chosen = us(None)
         best = min(t for t in times.values() if t is not None)
-        name = f"({heads[0]},{heads[1]}) {'1x' if len(lengths) == 1 else ''}{lengths[0]}{'' if len(lengths) == 1 else f'x{len(lengths)}'}"
-        rows.append({"case": name, "H": heads[0], "HV": heads[1], "rows": len(lengths), "tokens": lengths[0],
+        batch = f"1x{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]}x{len(lengths)}"
+        rows.append({"case": f"({heads[0]},{heads[1]}) {batch}", "H": heads[0], "HV": heads[1], "rows": len(lengths), "tokens": lengths[0],
                      **times, "chosen": chosen, "best/chosen": best / chosen})  # fmt: skip
     report("segments", rows, [f"copy {copy:.2f} TB/s; microseconds"], out, copy)
 

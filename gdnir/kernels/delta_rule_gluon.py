@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .delta_rule_gluon_prep import _barrier, _wait_for_primary
+from .delta_rule_gluon_prep import _barrier, _clear_rows, _wait_for_primary
 
 # What descriptors of [64, 64] tiles, and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -191,13 +191,12 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, 
     if left > 0:
         B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         row = gl.arange(0, 64, gl.SliceLayout(1, B))[:, None]
-        zero = gl.zeros([64, 64], sK.dtype, B)
         mbarrier.wait(full.index(NSTG), 0)
         for j in gl.static_range(2):
-            sK.index(2 * s + j).store(gl.where(row < left, sK.index(2 * s + j).load(B), zero))
-            sQ.index(2 * s + j).store(gl.where(row < left, sQ.index(2 * s + j).load(B), zero))
+            _clear_rows(sK.index(2 * s + j), left, B)
+            _clear_rows(sQ.index(2 * s + j), left, B)
         for j in gl.static_range(NWG):
-            sV.index(s * NWG + j).store(gl.where(row < left, sV.index(s * NWG + j).load(B), zero))
+            _clear_rows(sV.index(s * NWG + j), left, B)
         fence_async_shared()
         _barrier()
         mbarrier.arrive(full.index(s), count=1)

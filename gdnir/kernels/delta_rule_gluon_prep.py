@@ -103,13 +103,10 @@ def _invert_block(gram, beta_row, beta_column, row, column, zero):
 
 
 @gluon.jit
-def _clear_rows(tiles, left):
-    """Zeros in the rows behind `left`: they are the next sequence's, of which even a NaN must not matter."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
-    zero = gl.zeros([64, 64], tiles.dtype, TILE)
-    for j in gl.static_range(2):
-        tiles.index(j).store(gl.where(row < left, tiles.index(j).load(TILE), zero))
-    _barrier()
+def _clear_rows(tile, left, LAYOUT: gl.constexpr):
+    """Zeros in the tile's rows behind `left`: they are the next sequence's, of which even a NaN must not matter."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
+    tile.store(gl.where(row < left, tile.load(LAYOUT), gl.zeros([64, 64], tile.dtype, LAYOUT)))
 
 
 @gluon.jit
@@ -261,7 +258,9 @@ def delta_rule_gluon_prep_kernel(
             strength = gl.load(beta_at, mask=i < left, other=0.0)
             mbarrier.wait(loaded, 0)
             if left < 64:
-                _clear_rows(keys, left)
+                for j in gl.static_range(2):
+                    _clear_rows(keys.index(j), left, TILE)
+                _barrier()
             _gram(keys, gram)
             for j in range(HEADS):
                 tile = number * HV + h0 + j

@@ -15,7 +15,7 @@ from gdnir.errors import ShapeError
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import relaunched
 from gdnir.lowering.triton_launch import _on, _row_stride, _unit_last
-from gdnir.platforms import copy_bandwidth
+from gdnir.platforms import PLATFORMS, copy_bandwidth
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -253,7 +253,9 @@ def _segment(rows: int, key_heads: int, heads: int, chunks: int, cores: int, ban
 @functools.cache
 def _facts(device: torch.device) -> tuple[int, float]:
     """Streaming multiprocessors, of which each holds one program of either schedule; bytes/s of a large copy."""
+    published = PLATFORMS["cuda:sm_90"]
+    cores, bandwidth = published.cores or 0, published.bandwidth or 0.0
     if device.type == "cpu":  # tests without a GPU
-        return 132, 4.27e12
+        return cores, bandwidth
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, copy_bandwidth(properties) or 4.27e12
+    return properties.multi_processor_count, copy_bandwidth(properties) or bandwidth

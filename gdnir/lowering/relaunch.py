@@ -1,8 +1,8 @@
 """Launch a Triton or Gluon kernel again without repeating what its first launch has shown.
 
-`kernel[grid](...)` binds, specialises and looks up each argument by way of dictionaries and strings: 40 to 90 us of a host's time
-for a kernel of 50 arguments, as much as a decode step takes on the GPU. It returns the compiled kernel, which can be
-launched again by whatever has the same key; the key is all that Triton's own depends on.
+`kernel[grid](...)` binds, specialises and looks up each argument by way of dictionaries and strings: for the 60 arguments of
+`gdn_step` 35 us before the launch itself, where this takes 17. It returns the compiled kernel, which can be launched again by
+whatever has the same key; the key tells apart all that Triton's own does.
 """
 
 from __future__ import annotations

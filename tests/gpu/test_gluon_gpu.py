@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -14,16 +13,11 @@ pytest.importorskip("triton.experimental.gluon")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases_gluon as cases
-from triton_cases import bits, check_repeats
+from triton_cases import HOPPER, ON_GPU, bits, check_repeats
 
 from gdnir import oracle_ops
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a GPU with sm_90"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
+pytestmark = [*ON_GPU, pytest.mark.skipif(not HOPPER, reason="needs a GPU with sm_90")]
 
 
 @pytest.fixture(params=cases.SCHEDULES)

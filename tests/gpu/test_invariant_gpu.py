@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases_invariant as cases
+from triton_cases import HOPPER, ON_GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = ON_GPU
 
 
 @pytest.mark.parametrize("heads", [(1, 4, 128, 128), (2, 8, 128, 128), (16, 32, 128, 128)], ids=str)

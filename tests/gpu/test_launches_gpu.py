@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -17,16 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases as base
 import triton_cases_gluon as gluon
+from triton_cases import HOPPER, ON_GPU
 
 import gdnir.kernels
 from gdnir.lowering import triton_launch, triton_rule, triton_step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = ON_GPU
 HEADS = (2, 4, 128, 128)
 CHANNELS = 2 * 2 * 128 + 4 * 128
 SLOTS = 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,12 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases as base
 import triton_cases_prep as cases
+from triton_cases import ON_GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
+pytestmark = ON_GPU
 REAL = [(2, 8, 128, 128), (16, 32, 128, 128), (16, 64, 128, 128), (30, 30, 96, 192)]
 
 

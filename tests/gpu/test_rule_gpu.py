@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -14,16 +13,12 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases_rule as cases
-from triton_cases import check_repeats
+from triton_cases import ON_GPU, check_repeats
 
 from gdnir import oracle_ops
 from gdnir.lowering import triton_rule
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
+pytestmark = ON_GPU
 DTYPES = [torch.bfloat16, torch.float16]
 HEADS = [(2, 8, 128, 128), (16, 32, 128, 128), (16, 64, 128, 128), (4, 4, 64, 64), (6, 6, 96, 192), (2, 6, 128, 64)]
 LONG = ((1000, True, 0, 0), (0, True, 1, 1), (64, False, 2, 2), (63, True, 3, 4), (129, True, 5, 5), (3, False, 6, 6))

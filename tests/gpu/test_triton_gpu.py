@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -14,15 +13,12 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases as cases
+from triton_cases import ON_GPU
 
 from gdnir import oracle_ops
 from gdnir.lowering.triton_launch import causal_conv1d, gated_rmsnorm
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-]
+pytestmark = ON_GPU
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SILU = {"activation": "silu", "conv_layout": "cw"}
 
