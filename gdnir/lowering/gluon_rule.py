@@ -99,7 +99,7 @@ def delta_rule_prefill(
     rows, chunks = min(count, -(-tokens // max(seq.max_len, 1))), -(-seq.max_len // CHUNK)
     cores, bandwidth = _facts(v.device)
     if segment is None:
-        segment = _segment(rows, k.shape[1], heads, chunks, cores, bandwidth)
+        segment = _segment((rows,), k.shape[1], heads, chunks, cores, bandwidth)
     slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
     starts = steps = gates  # not looked at
     if slots:
@@ -204,50 +204,61 @@ def _shared_heads(tiles: int, group: int, cores: int) -> int:
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))
 
 
-# Fitted to an H100's times. Microseconds of a chunk while memory keeps up: of a program of SINGLE, of PAIR, and of one or two
-# on a core that follow 64 rows of a state without outputs. Then the share of a large copy's bandwidth that each of them reaches.
-SINGLE_US, PAIR_US, FOLLOW_US = 1.13, 2.1, (1.05, 1.35)
-SINGLE_SHARE, PAIR_SHARE = 0.75, 0.88
+# Fitted to the times of an H100 and an H200 (tests/test_gluon_segments.py), which differ by their bandwidth alone.
+# Microseconds of a chunk while memory keeps up: of a program of SINGLE, of PAIR, and of one or two on a core that follow 64
+# rows of a state without outputs. Then the share of a large copy's bandwidth that each of them reaches.
+SINGLE_US, PAIR_US, FOLLOW_US = 1.14, 1.87, 1.035
+SINGLE_SHARE, PAIR_SHARE, FOLLOW_SHARE = 0.86, 0.90, 0.81
 # Bytes of a chunk, v, T, gates and outputs or not, and those that the value heads of a key head share.
 OUTPUT_BYTES, FOLLOW_BYTES, QK_BYTES, K_BYTES = 41 << 10, 25 << 10, 32 << 10, 16 << 10
-# Of the launches for segments; of the one that finds their starts, and of its step from one to the next.
-LAUNCH_US, STARTS_US, STEP_US = 6.0, 2.0, 2.2
+# A program loads its state, fills its stages and stores: chunks more of PAIR or SINGLE, and of one that follows.
+OUTPUT_MORE, FOLLOW_MORE = 3.5, 2.0
+# Microseconds of the launches for segments, and of a step from one to the next.
+LAUNCH_US, STEP_US = 3.0, 2.3
 
 
 def segment_of_heads(k: Tensor, v: Tensor) -> int:
-    """Chunks of a segment for a batch whose rows must not know of each other: as for one row of 8192 tokens."""
-    return _segment(1, k.shape[1], v.shape[1], 128, *_facts(v.device))
+    """Chunks of a segment for a batch whose rows must not know of each other: as if it had one of 8192 tokens, or two."""
+    return _segment((1, 2), k.shape[1], v.shape[1], 128, *_facts(v.device))
+
+
+def _either(compute: float, memory: float) -> float:
+    """Microseconds of what takes so long by itself and so long for its bytes: the longer one, or up to 15 % more."""
+    return math.pow(math.pow(compute, 5) + math.pow(memory, 5), 0.2)
 
 
 def _output_us(units: int, group: int, cores: int, bandwidth: float) -> tuple[float, float]:
     """Microseconds of a chunk of this many heads at the same time, by SINGLE (infinite if they do not fit) and by PAIR."""
     moved = (OUTPUT_BYTES + QK_BYTES / group) / bandwidth * 1e6
-    single = max(SINGLE_US, units * moved / SINGLE_SHARE) if 2 * units <= cores else math.inf
+    single = _either(SINGLE_US, units * moved / SINGLE_SHARE) if 2 * units <= cores else math.inf
     full, rest = divmod(units, cores)
-    pair = full * max(PAIR_US, cores * moved / PAIR_SHARE)
-    return single, pair + (max(PAIR_US, rest * moved / PAIR_SHARE) if rest else 0.0)
+    pair = full * _either(PAIR_US, cores * moved / PAIR_SHARE)
+    return single, pair + (_either(PAIR_US, rest * moved / PAIR_SHARE) if rest else 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _segment(rows: int, key_heads: int, heads: int, chunks: int, cores: int, bandwidth: float) -> int:
-    """Chunks of a segment, for `rows` sequences of this length; 0 if cutting them costs more than it saves."""
+def _segment(batches: tuple[int, ...], key_heads: int, heads: int, chunks: int, cores: int, bandwidth: float) -> int:
+    """Chunks of a segment, for sequences of this length; 0 if cutting them costs more than it saves. `batches`: how many
+    there are at the same time, several numbers if it must do for each of them."""
+    if chunks < 3:
+        return 0
     group = heads // key_heads
 
-    def follow(count: int) -> float:
-        """All of the first count - 1 segments; those in the middle twice, for H and for M."""
-        waves, left = divmod(rows * heads * (4 * count - 6), 2 * cores)
-        one, two = FOLLOW_US
+    def cost(rows: int, segment: int) -> float:
+        """Microseconds of so many sequences, besides prep's."""
+        count = -(-chunks // segment)
+        output = (segment + OUTPUT_MORE) * min(_output_us(rows * heads * count, group, cores, bandwidth))
+        if count == 1:
+            return output
+        # All but the last are followed; those in the middle twice, for H and for M.
+        waves = -(-rows * heads * (4 * count - 6) // (2 * cores))
         moved = rows * heads * (count - 1) * (FOLLOW_BYTES + K_BYTES / group) / bandwidth * 1e6
-        return max(waves * two + (two if left > cores else one if left else 0.0), moved / SINGLE_SHARE)
+        follow = (segment + FOLLOW_MORE) * _either(waves * FOLLOW_US, moved / FOLLOW_SHARE)
+        return follow + output + LAUNCH_US + (count - 2) * STEP_US
 
-    def cost(count: int) -> float:
-        """Microseconds if each is cut into this many segments."""
-        parallel = follow(count) + min(_output_us(rows * heads * count, group, cores, bandwidth))
-        return -(-chunks // count) * parallel + LAUNCH_US + (STARTS_US + (count - 2) * STEP_US if count > 2 else 0.0)
-
-    best = min(range(2, min(chunks, 33)), key=cost, default=0)
-    whole = chunks * min(_output_us(rows * heads, group, cores, bandwidth))
-    return -(-chunks // best) if best and cost(best) < whole else 0
+    segments = [chunks, *(-(-chunks // count) for count in range(2, min(chunks, 33)))]
+    best = min(segments, key=lambda segment: math.prod(cost(rows, segment) for rows in batches))
+    return best if best < chunks else 0
 
 
 @functools.cache
