@@ -28,8 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .delta_rule_gluon_prep import _barrier, _clear_rows, _wait_for_primary
 
-# What descriptors of [64, 64] tiles, and of the gates, are made with.
+# What descriptors of [64, 64] tiles (16 bits, f32), and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+WIDE_TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.

@@ -57,7 +57,7 @@ def _summary_load(k_d, v_d, t_d, g_d, sK, sV, sT, sG, full, empty, nch, row0, ti
 
 
 @gluon.jit
-def _summary_chain(h0_ptr, stateful, copy_ptr, start_ptr, step_ptr, kind, active, vh, sK, sV, sT, sG, full, empty, nch,
+def _summary_chain(h0_ptr, stateful, copy_ptr, starts_d, steps_d, row, kind, active, vh, sK, sV, sT, sG, full, empty, nch,
                    VS: gl.constexpr, KS: gl.constexpr, NSTG: gl.constexpr):  # fmt: skip
     """1 warpgroup, 64 rows: S through all chunks, without outputs; in two halves of K as in delta_rule_gluon_kernel."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -103,11 +103,25 @@ def _summary_chain(h0_ptr, stateful, copy_ptr, start_ptr, step_ptr, kind, active
         wrap = s == NSTG - 1
         s = gl.where(wrap, 0, s + 1)
         ph = gl.where(wrap, ph ^ 1, ph)
-    at = rows * 128 + columns
-    gl.store(start_ptr + at, S0, mask=active & (kind != 2))
-    gl.store(start_ptr + at + 64, S1, mask=active & (kind != 2))
-    gl.store(step_ptr + at, S0.to(step_ptr.dtype.element_ty), mask=active & step)
-    gl.store(step_ptr + at + 64, S1.to(step_ptr.dtype.element_ty), mask=active & step)
+    # Out through the stages of the keys: an accumulator stored as it lies takes eight lines of memory for 256 bytes.
+    if active:
+        if step:
+            out = sK._reinterpret(steps_d.dtype, [NSTG * 2, 64, 64], steps_d.layout)
+            out.index(0).store(S0.to(steps_d.dtype))
+            out.index(1).store(S1.to(steps_d.dtype))
+            fence_async_shared()
+            _barrier()
+            for i in gl.static_range(2):
+                tma.async_copy_shared_to_global(steps_d, [row, 64 * i], out.index(i))
+        else:
+            wide = sK._reinterpret(gl.float32, [NSTG, 64, 64], starts_d.layout)
+            wide.index(0).store(S0)
+            wide.index(1).store(S1)
+            fence_async_shared()
+            _barrier()
+            for i in gl.static_range(2):
+                tma.async_copy_shared_to_global(starts_d, [row, 64 * i], wide.index(i))
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
@@ -116,9 +130,10 @@ def delta_rule_gluon_summary_kernel(
     v_d,
     t_d,
     g_d,
+    starts_d,
+    steps_d,
     state,
     starts,
-    steps,
     cu_seqlens,
     read_slots,
     has_state,
@@ -136,7 +151,7 @@ def delta_rule_gluon_summary_kernel(
     NSTG: gl.constexpr,
 ):
     """64 of 128 rows of a first segment's end (2 N HV programs), or of H or M of one in the middle (4 slots HV programs).
-    Operands as in delta_rule_gluon_kernel."""
+    Operands as in delta_rule_gluon_kernel; starts_d and steps_d are descriptors with boxes of 64 x 64."""
     _launch_dependents()
     pid = gl.program_id(0)
     vh = pid % 2
@@ -163,9 +178,8 @@ def delta_rule_gluon_summary_kernel(
     slot = gl.where(active, gl.where(main, begin, number), 0).to(gl.int64) * HV + hv
     stateful = active & main & (gl.load(has_state + n) != 0)
     h0_ptr = state + gl.where(stateful, read, 0).to(gl.int64) * stride_s + hv.to(gl.int64) * stride_sh + vh * 64 * VS
-    start_ptr = starts + slot * 16384 + vh * 8192
-    copy_ptr = start_ptr + slots.to(gl.int64) * HV * 16384
-    step_ptr = steps + slot * 16384 + vh * 8192
+    copy_ptr = starts + (slot + slots.to(gl.int64) * HV) * 16384 + vh * 8192
+    row = slot.to(gl.int32) * 128 + vh * 64
     sK = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
     sV = gl.allocate_shared_memory(k_d.dtype, [NSTG, 64, 64], v_d.layout)
     sT = gl.allocate_shared_memory(k_d.dtype, [NSTG, 64, 64], v_d.layout)
@@ -178,7 +192,7 @@ def delta_rule_gluon_summary_kernel(
     fence_async_shared()
     _barrier()
     gl.warp_specialize([
-        (_summary_chain, (h0_ptr, stateful, copy_ptr, start_ptr, step_ptr, kind, active, vh, sK, sV, sT, sG, full, empty, nch,
+        (_summary_chain, (h0_ptr, stateful, copy_ptr, starts_d, steps_d, row, kind, active, vh, sK, sV, sT, sG, full, empty, nch,
                           VS, KS, NSTG)),
         (_summary_load, (k_d, v_d, t_d, g_d, sK, sV, sT, sG, full, empty, nch, row0, tile0, hq, hv, vh, HV, NSTG)),
     ], [1], [24])  # fmt: skip
@@ -201,16 +215,19 @@ def _in_two_parts(S, inverse, A: gl.constexpr):
 
 
 @gluon.jit
-def _load_step(steps_d, row, bar, sM, s):
-    mbarrier.expect(bar, 4 * 64 * 64 * 2)
+def _load_step(starts_d, steps_d, row, half, bar, sH, sM, s):
+    """H, the program's half, and M of the slot whose rows begin at `row`."""
+    mbarrier.expect(bar, 4 * 64 * 64 * 2 + 2 * 64 * 64 * 4)
     for i in gl.static_range(4):  # rows, columns
         tma.async_copy_global_to_shared(steps_d, [row + (i // 2) * 64, (i % 2) * 64], bar, sM.index(s * 4 + i))
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(starts_d, [row + half * 64, i * 64], bar, sH.index(s * 2 + i))
 
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
 def delta_rule_gluon_starts_kernel(
+    starts_d,
     steps_d,
-    starts,
     cu_seqlens,
     read_slots,
     T,
@@ -222,8 +239,9 @@ def delta_rule_gluon_starts_kernel(
 ):
     """64 of the 128 rows of one cut sequence and head. 2 N HV programs.
 
-    starts f32 [slots,HV,128,128]: the end of the first segment and each next one's H; then each segment's start. steps_d: a
-    descriptor with boxes of 64 x 64 over M [slots,HV,128,128]. Slots as in delta_rule_gluon.py.
+    starts f32 [slots,HV,128,128]: the end of the first segment and each next one's H; then each segment's start, which takes
+    H's place. starts_d, steps_d: descriptors with boxes of 64 x 64 over it and M [slots,HV,128,128]. Slots as in
+    delta_rule_gluon.py.
     """
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
@@ -241,6 +259,7 @@ def delta_rule_gluon_starts_kernel(
     slots = (chunks + segment - 1) // segment - 1
     slots = gl.where((chunks > segment) & (read >= 0) & (read < S), slots, 0)
     sM = gl.allocate_shared_memory(steps_d.dtype, [STAGES * 4, 64, 64], steps_d.layout)
+    sH = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 64, 64], starts_d.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -248,18 +267,20 @@ def delta_rule_gluon_starts_kernel(
     _barrier()
     _wait_for_primary()
     if slots > 1:
+        STEP: gl.constexpr = HV * 128  # rows from one slot to the next
         row0 = (begin * HV + h) * 128
-        for i in gl.static_range(STAGES):
-            if i + 1 < slots:
-                _load_step(steps_d, row0 + (i + 1) * HV * 128, full.index(i), sM, i)
-        rows = gl.arange(0, 64, gl.SliceLayout(1, L))[:, None]
-        columns = gl.arange(0, 64, gl.SliceLayout(0, L))[None, :]
-        at = starts + (begin.to(gl.int64) * HV + h) * 16384 + half * 8192 + rows * 128 + columns
-        S0, S1 = gl.load(at), gl.load(at + 64)
-        at += HV * 16384
-        H0, H1 = gl.load(at), gl.load(at + 64)
+        # The first slot has no step. Stage j % STAGES has slot j.
+        mbarrier.expect(full.index(0), 2 * 64 * 64 * 4)
+        for i in gl.static_range(2):
+            tma.async_copy_global_to_shared(starts_d, [row0 + half * 64, i * 64], full.index(0), sH.index(i))
+        for i in gl.static_range(1, STAGES):
+            if i < slots:
+                _load_step(starts_d, steps_d, row0 + i * STEP, half, full.index(i), sH, sM, i)
         z = gl.zeros([64, 64], gl.float32, L)
-        s = 0
+        mbarrier.wait(full.index(0), 0)
+        S0, S1 = sH.index(0).load(L), sH.index(1).load(L)
+        s = 1
+        before = 0
         ph = 0
         for j in range(1, slots):
             # f16 alone ends at 65504.
@@ -267,6 +288,7 @@ def delta_rule_gluon_starts_kernel(
             upper0, lower0 = _in_two_parts(S0, 1.0 / size, A)
             upper1, lower1 = _in_two_parts(S1, 1.0 / size, A)
             mbarrier.wait(full.index(s), ph)
+            H0, H1 = sH.index(2 * s).load(L), sH.index(2 * s + 1).load(L)
             M = s * 4
             S0 = warpgroup_mma(upper0, sM.index(M), z, use_acc=False, is_async=True)
             S0 = warpgroup_mma(upper1, sM.index(M + 2), S0, is_async=True)
@@ -276,19 +298,22 @@ def delta_rule_gluon_starts_kernel(
             S1 = warpgroup_mma(upper1, sM.index(M + 3), S1, is_async=True)
             S1 = warpgroup_mma(lower0, sM.index(M + 1), S1, is_async=True)
             S1 = warpgroup_mma(lower1, sM.index(M + 3), S1, is_async=True)
-            after = at + HV * 16384  # the next H, while the products run
-            next0 = gl.load(after, mask=j + 1 < slots, other=0.0)
-            next1 = gl.load(after + 64, mask=j + 1 < slots, other=0.0)
+            # The stage before this one is free once its start has left.
+            tma.store_wait(0)
+            _barrier()
+            if j - 1 + STAGES < slots:
+                _load_step(starts_d, steps_d, row0 + (j - 1 + STAGES) * STEP, half, full.index(before), sH, sM, before)
             S0, S1 = warpgroup_mma_wait(0, [S0, S1])
             S0 = S0 * size[:, None] + H0
             S1 = S1 * size[:, None] + H1
-            H0, H1 = next0, next1
-            gl.store(at, S0)
-            gl.store(at + 64, S1)
-            at = after
-            _barrier()  # all warps have read M
-            if j + STAGES < slots:
-                _load_step(steps_d, row0 + (j + STAGES) * HV * 128, full.index(s), sM, s)
+            sH.index(2 * s).store(S0)
+            sH.index(2 * s + 1).store(S1)
+            fence_async_shared()
+            _barrier()
+            for i in gl.static_range(2):
+                tma.async_copy_shared_to_global(starts_d, [row0 + j * STEP + half * 64, i * 64], sH.index(2 * s + i))
+            before = s
             wrap = s == STAGES - 1
             s = gl.where(wrap, 0, s + 1)
             ph = gl.where(wrap, ph ^ 1, ph)
+        tma.store_wait(0)

@@ -139,11 +139,15 @@ def delta_rule_prefill(
             **PREP,
         )
         if slots:
+            ends = (
+                TensorDescriptor(starts, [2 * slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.WIDE_TILE),
+                TensorDescriptor(steps, [slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
+            )
             relaunched(segments.delta_rule_gluon_summary_kernel)[((2 * count + 4 * slots) * heads,)](
                 *descriptors[1:5],
+                *ends,
                 state,
                 starts,
-                steps,
                 cu_seqlens,
                 read_slots,
                 has_state,
@@ -155,8 +159,7 @@ def delta_rule_prefill(
             )
             if seq.max_len > 2 * segment * CHUNK:
                 relaunched(segments.delta_rule_gluon_starts_kernel)[(count * heads * 2,)](
-                    TensorDescriptor(steps, [slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
-                    starts,
+                    *ends,
                     cu_seqlens,
                     read_slots,
                     tokens,
