@@ -15,7 +15,7 @@ from gdnir.errors import ShapeError
 from gdnir.lowering import tables
 from gdnir.lowering.descriptors import Box, describe
 from gdnir.lowering.relaunch import launch
-from gdnir.lowering.triton_launch import _unit_last
+from gdnir.lowering.triton_launch import _strides, _unit_last
 from gdnir.platforms import PLATFORMS, copy_bandwidth
 
 if TYPE_CHECKING:
@@ -99,9 +99,6 @@ def delta_rule_prefill(
     )
     write_slots, longest = seq.write_slots, seq.max_len
     pool, write_stride = state.shape[0], write_slots.stride()[0]
-    (g_row, g_head), (beta_row, beta_head) = g.stride(), beta.stride()
-    if tokens == 1:  # its strides may be anything, see _row_stride
-        g_row = beta_row = heads
     s_stride, h_stride, v_stride, k_stride = state.stride()
     shared = _shared_heads(numbers * heads, heads // key_heads, _facts(device)[0])
     launch(
@@ -109,7 +106,7 @@ def delta_rule_prefill(
         (numbers + 1) * heads // shared,
         (
             k_tiles, t_tiles, g, beta, gates, o, cu_seqlens, read_slots, write_slots, seq.error, tokens, count, pool,
-            g_row, g_head, beta_row, beta_head, write_stride,
+            *_strides(g), *_strides(beta), write_stride,
         ),
         _prep_constants(key_heads, heads, shared),
     )  # fmt: skip

@@ -52,10 +52,7 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
         return y
     from gdnir.kernels import gated_rmsnorm as kernels
 
-    o, z = _unit_last(o), _unit_last(z)
-    (o_row, o_head, _), (z_row, z_head, _) = o.stride(), z.stride()
-    if tokens == 1:
-        o_row = z_row = heads * width
+    (o, (o_row, o_head, _)), (z, (z_row, z_head, _)) = _strided(o), _strided(z)
     constants = _norm_constants(kinds(o.device), heads, width, activation)
     launch(
         kernels.gated_rmsnorm_kernel,
@@ -103,7 +100,7 @@ def causal_conv1d(
         return y.zero_()  # no row owns a token
     from gdnir.kernels import causal_conv1d as kernels
 
-    x, width = _unit_last(qkv), weight.shape[1]
+    (x, (row, _)), width = _strided(qkv), weight.shape[1]
     pool, columns, *strides = _conv_state(conv_state, conv_layout)
     slots = seq.write_slots
     tensors = (
@@ -118,7 +115,7 @@ def causal_conv1d(
         _unit_last(seq.has_state),
         seq.error,
     )
-    sizes, row = (tokens, channels, count, pool, columns), _row_stride(x)
+    sizes = tokens, channels, count, pool, columns
     slot_row, slot_column = slots.stride()
     if seq.phase != "prefill":
         section, verify = f"update_{conv_layout}", seq.phase == "verify"
@@ -188,7 +185,7 @@ def conv_prep(
         return *qk.zero_(), value.zero_(), *gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
     from gdnir.kernels import conv_prep as kernels
 
-    x, a, b = _unit_last(qkv), _unit_last(a), _unit_last(b)
+    (x, (x_row, _)), (a, (a_row, _)), (b, (b_row, _)) = _strided(qkv), _strided(a), _strided(b)
     pool, columns, *strides = _conv_state(conv_state, conv_layout)
     tile, each, constants = _prep_constants(
         kinds(device), dtype.itemsize, heads, weight.shape[1], activation, allow_neg_eigval, bias is None
@@ -218,9 +215,9 @@ def conv_prep(
             count,
             pool,
             columns,
-            _row_stride(x),
-            _row_stride(a),
-            _row_stride(b),
+            x_row,
+            a_row,
+            b_row,
             *strides,
             seq.write_slots.stride()[0],
             eps,
@@ -281,9 +278,16 @@ def _unit_last(x: Tensor) -> Tensor:
     return x if x.stride()[-1] == 1 else x.contiguous()
 
 
-def _row_stride(x: Tensor) -> int:
-    """Stride of the tokens. With one token torch allows any value, and an odd one would compile another kernel."""
-    return x.stride()[0] if x.shape[0] > 1 else x.shape[1:].numel()
+def _strided(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """x with a last stride of 1, perhaps a copy, and its strides."""
+    x = _unit_last(x)
+    return x, _strides(x)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x [T, ...]. With one token torch allows any first one, and an odd one would compile another kernel."""
+    strides: tuple[int, ...] = x.stride()
+    return strides if x.shape[0] > 1 else (x.shape[1:].numel(), *strides[1:])
 
 
 def _next_power_of_2(n: int) -> int:

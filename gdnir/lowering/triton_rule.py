@@ -13,7 +13,7 @@ from torch import Tensor
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _row_stride, _unit_last
+from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _strided, _strides, _unit_last
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -66,7 +66,7 @@ def delta_rule_prefill(
         return o.zero_()  # no row owns a token
     from gdnir.kernels import delta_rule as kernels
 
-    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    (q, q_strides), (k, k_strides), (v, v_strides) = _strided(q), _strided(k), _strided(v)
     segment, cut_from = (segment, 4 * segment) if segment is not None else _segment(rows, heads, seq.max_len)
     numbers = tokens // (segment * CHUNK) if segment and seq.max_len > cut_from * CHUNK else 0
     segment = segment if numbers else 0
@@ -85,11 +85,9 @@ def delta_rule_prefill(
     v_stride, k_stride = last if state_layout == "vk" else last[::-1]
     read = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)  # perhaps a column of the last step's write_slots
     sizes = tokens, rows, state.shape[0]
-    key_strides = _row_stride(q), q.stride()[1], _row_stride(k), k.stride()[1]
-    strides = (
-        *key_strides, _row_stride(v), v.stride()[1], slot_stride, head_stride, v_stride, k_stride,
-        seq.write_slots.stride()[0],
-    )  # fmt: skip
+    key_strides = *q_strides[:2], *k_strides[:2]
+    write_stride = seq.write_slots.stride()[0]
+    strides = *key_strides, *v_strides[:2], slot_stride, head_stride, v_stride, k_stride, write_stride
     inputs = q, k, v, solve, scores, gates, o, state, starts
     if tokens:
         prep = _prep_constants(*shape)
@@ -97,8 +95,7 @@ def delta_rule_prefill(
             kernels.delta_rule_prep_kernel,
             (tokens // CHUNK + rows) * (heads // prep["HEADS"]),
             (
-                q, k, g, beta, solve, scores, gates, *read, *sizes, *key_strides, _row_stride(g), g.stride()[1],
-                _row_stride(beta), beta.stride()[1], scale,
+                q, k, g, beta, solve, scores, gates, *read, *sizes, *key_strides, *_strides(g), *_strides(beta), scale,
             ),
             prep,
         )  # fmt: skip

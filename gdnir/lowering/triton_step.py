@@ -13,7 +13,7 @@ from torch import Tensor
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _conv_state, _next_power_of_2, _row_stride, _unit_last
+from gdnir.lowering.triton_launch import _cdiv, _conv_state, _next_power_of_2, _strided, _unit_last
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -88,7 +88,8 @@ def gdn_step(
         return y.zero_()  # no row owns a token
     from gdnir.kernels import gdn_step as kernels
 
-    x, z, a, b = _unit_last(qkv), _unit_last(z), _unit_last(a), _unit_last(b)
+    (x, (x_row, _)), (z, (z_row, z_head, _)) = _strided(qkv), _strided(z)
+    (a, (a_row, _)), (b, (b_row, _)) = _strided(a), _strided(b)
     conv_pool, columns, *conv_strides = _conv_state(conv_state, conv_layout)
     slot_stride, head_stride, *strides = state.stride()
     slots = seq.write_slots
@@ -115,11 +116,11 @@ def gdn_step(
             state.shape[0],
             columns,
             slots.shape[1],
-            _row_stride(x),
-            _row_stride(z),
-            z.stride()[1],
-            _row_stride(a),
-            _row_stride(b),
+            x_row,
+            z_row,
+            z_head,
+            a_row,
+            b_row,
             *conv_strides,
             slot_stride,
             head_stride,
@@ -214,7 +215,8 @@ def delta_rule_step(
         return o.zero_()  # no row owns a token
     from gdnir.kernels import delta_rule_step as kernels
 
-    q, k, v, g, beta = _unit_last(q), _unit_last(k), _unit_last(v), _unit_last(g), _unit_last(beta)
+    (q, (q_row, q_head, _)), (k, (k_row, k_head, _)), (v, (v_row, v_head, _)) = _strided(q), _strided(k), _strided(v)
+    (g, (g_row, _)), (beta, (beta_row, _)) = _strided(g), _strided(beta)
     slot_stride, head_stride, *strides = state.stride()
     slots = seq.write_slots
     slot_row, slot_column = slots.stride()
@@ -237,14 +239,14 @@ def delta_rule_step(
             count,
             state.shape[0],
             slots.shape[1],
-            _row_stride(q),
-            q.stride()[1],
-            _row_stride(k),
-            k.stride()[1],
-            _row_stride(v),
-            v.stride()[1],
-            _row_stride(g),
-            _row_stride(beta),
+            q_row,
+            q_head,
+            k_row,
+            k_head,
+            v_row,
+            v_head,
+            g_row,
+            beta_row,
             slot_stride,
             head_stride,
             slot_row,
@@ -287,10 +289,10 @@ def l2norm(x: Tensor, *, eps: float) -> Tensor:
     from gdnir.kernels import l2norm as kernels
 
     width = x.shape[-1]
-    x = _unit_last(x if x.dim() == 3 else x.reshape(-1, 1, width))
+    x, (row, head, _) = _strided(x if x.dim() == 3 else x.reshape(-1, 1, width))
     tokens, heads, _ = x.shape
     rows, constants = tokens * heads, _norm_constants(kinds(x.device), heads, width)
-    args = x, y, rows, _row_stride(x), x.stride()[1], eps
+    args = x, y, rows, row, head, eps
     launch(kernels.l2norm_kernel, _cdiv(rows, constants["ROWS"]), args, constants)
     return y
 
@@ -310,9 +312,9 @@ def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_
         return g, beta
     from gdnir.kernels import gdn_gate as kernels
 
-    a, b, size = _unit_last(a), _unit_last(b), g.numel()
+    (a, (a_row, _)), (b, (b_row, _)), size = _strided(a), _strided(b), g.numel()
     constants = _gate_constants(kinds(a.device), a.shape[1], allow_neg_eigval)
-    args = a, b, A_log.contiguous(), dt_bias.contiguous(), g, beta, size, _row_stride(a), _row_stride(b)
+    args = a, b, A_log.contiguous(), dt_bias.contiguous(), g, beta, size, a_row, b_row
     launch(kernels.gdn_gate_kernel, _cdiv(size, constants["BLOCK"]), args, constants)
     return g, beta
 

@@ -128,10 +128,10 @@ BUILD = {  # how a batch is made, and how many outputs and workspaces a launch m
     "norm": (norm, 1),
     "l2norm": (l2norm, 1),
     "gate": (gate, 2),
-    "gluon-single": (functools.partial(wgmma, 0), 3),
-    "gluon-pair": (functools.partial(wgmma, 0), 3),
-    "gluon-single-cut": (functools.partial(wgmma, 2), 5),
-    "gluon-pair-cut": (functools.partial(wgmma, 2), 5),
+    "gluon-single": (functools.partial(wgmma, 0), 2),
+    "gluon-pair": (functools.partial(wgmma, 0), 2),
+    "gluon-single-cut": (functools.partial(wgmma, 2), 4),
+    "gluon-pair-cut": (functools.partial(wgmma, 2), 4),
 }  # fmt: skip
 
 
