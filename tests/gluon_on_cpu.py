@@ -11,6 +11,7 @@ is waited for, a TMA store reads shared memory when store_wait says so. Shared m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import sys
 import threading
@@ -154,10 +155,15 @@ class Tma:
             low, high = min(max(at, 0), limit), min(max(at + size, 0), limit)
             inside.append(slice(low, high))
             box.append(slice(low - at, high - at))
-        whole = torch.as_strided(
-            descriptor.base, tuple(descriptor.shape), tuple(descriptor.strides), descriptor.base.storage_offset()
-        )
-        return whole, tuple(inside), tuple(box)
+        return Tma.matrix(descriptor), tuple(inside), tuple(box)
+
+    @staticmethod
+    def matrix(descriptor):
+        """The memory that a descriptor has the address of."""
+        shape, strides, dtype = descriptor.shape, descriptor.strides, descriptor.base.dtype
+        size = (1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))) * dtype.itemsize
+        memory = (ctypes.c_char * size).from_address(descriptor.base.data_ptr())
+        return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
     @staticmethod
     def async_copy_global_to_shared(descriptor, coordinates, barrier, tile):

@@ -85,8 +85,8 @@ def test_no_assert_for_users_and_nothing_evaluated():
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                # plan_code.py makes Python of a graph's shape alone: no name in it comes from a file or a user
-                allowed = ("exec",) if path.name == "plan_code.py" else ()
+                # These make Python of a graph's shape, and of arguments' types, alone: no name comes from a file or a user.
+                allowed = ("exec",) if path.name in ("plan_code.py", "relaunch.py") else ()
                 assert node.func.id not in {"eval", "exec"} - {*allowed}, path
         source = path.read_text()
         for word in ("torch.load", "import pickle", "shell=True", "yaml.load"):

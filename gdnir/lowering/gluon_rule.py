@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gdnir.errors import ShapeError
 from gdnir.lowering import tables
-from gdnir.lowering.relaunch import relaunched
-from gdnir.lowering.triton_launch import _on, _row_stride, _unit_last
+from gdnir.lowering.descriptors import Box, describe
+from gdnir.lowering.relaunch import launch
+from gdnir.lowering.triton_launch import _strides, _unit_last
 from gdnir.platforms import PLATFORMS, copy_bandwidth
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ def delta_rule_prefill(
     for the shapes). Returns o [T, HV, 128], contiguous. A slot >= S sets seq.error. Raises ShapeError beyond 2^23 heads x
     chunks.
     """
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    tokens, heads = v.shape[:2]
-    count = seq.num_seqs
+    (tokens, heads, _), key_heads = v.shape, k.shape[1]
+    dtype, device, count = v.dtype, v.device, seq.num_seqs
+    o = torch.empty((tokens, heads, HEAD), dtype=dtype, device=device)
     if count == 0 or heads == 0:
         return o.zero_()  # no row owns a token
     numbers = tokens // CHUNK + count
@@ -80,128 +81,137 @@ def delta_rule_prefill(
             got=f"{numbers} chunks x {heads} heads",
             hint="Cut the batch, or take provider triton.",
         )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from gdnir.kernels import delta_rule_gluon as kernels
-    from gdnir.kernels import delta_rule_gluon_prep as prep
-    from gdnir.kernels import delta_rule_gluon_segments as segments
-
-    def tiles(x: Tensor) -> Any:
-        """A descriptor of x [T, heads, 128] as a matrix; it may not be empty."""
-        x = x if tokens else x.new_empty(1, *x.shape[1:])
-        return TensorDescriptor(x, [x.shape[0], x.shape[1] * HEAD], [_row_stride(x), 1], [CHUNK, 64], kernels.TILE)
-
-    q, k, v = (_for_tma(x) for x in (q, k, v))
-    transform = torch.empty((numbers * heads * CHUNK, CHUNK), dtype=v.dtype, device=v.device)
-    gates = torch.empty((numbers * heads * 4 * CHUNK,), dtype=torch.float32, device=v.device)
-    cu_seqlens, read_slots = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)
-    # as many rows of the longest one's length as there are tokens for
-    rows, chunks = min(count, -(-tokens // max(seq.max_len, 1))), -(-seq.max_len // CHUNK)
-    cores, bandwidth = _facts(v.device)
-    if segment is None:
-        segment = _segment((rows,), k.shape[1], heads, chunks, cores, bandwidth)
-    slots = tokens // (segment * CHUNK) if segment and seq.max_len > segment * CHUNK else 0
-    starts = steps = gates  # not looked at
+    prep, segments, kernels, tile, wide, line = _kernels()
+    q, q_tiles = _tiles(q, tokens, key_heads, tile)
+    k, k_tiles = _tiles(k, tokens, key_heads, tile)
+    v, v_tiles = _tiles(v, tokens, heads, tile)
+    written, o_tiles = _tiles(o, tokens, heads, tile)
+    # The sums of the gates, and behind them T, in v's type: one allocation takes a host less time than two.
+    rows = numbers * heads * CHUNK
+    gates = torch.empty(((4 + CHUNK // 2) * rows,), dtype=torch.float32, device=device)
+    address = gates.data_ptr()
+    gate_lines = describe(address, torch.float32, (4 * rows,), (1,), line)
+    t_tiles = describe(address + 16 * rows, dtype, (rows, CHUNK), (CHUNK, 1), tile)
+    cu_seqlens, read_slots, has_state = (
+        _unit_last(seq.cu_seqlens),
+        _unit_last(seq.read_slots),
+        _unit_last(seq.has_state),
+    )
+    write_slots, longest = seq.write_slots, seq.max_len
+    pool, write_stride = state.shape[0], write_slots.stride()[0]
+    s_stride, h_stride, v_stride, k_stride = state.stride()
+    shared = _shared_heads(numbers * heads, heads // key_heads, _facts(device)[0])
+    launch(
+        prep.delta_rule_gluon_prep_kernel,
+        (numbers + 1) * heads // shared,
+        (
+            k_tiles, t_tiles, g, beta, gates, o, cu_seqlens, read_slots, write_slots, seq.error, tokens, count, pool,
+            *_strides(g), *_strides(beta), write_stride,
+        ),
+        _prep_constants(key_heads, heads, shared),
+    )  # fmt: skip
+    segment, slots, single = _cut(tokens, count, longest, key_heads, heads, segment, device)
+    starts = gates  # not looked at
+    sizes = tokens, count, pool, slots, segment
     if slots:
-        starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=v.device)
-        steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float16, device=v.device)
-    has_state = _unit_last(seq.has_state)
-    segment = segment or 1
-    sizes = tokens, count, state.shape[0], slots, segment
-    shape = {"H": k.shape[1], "HV": heads, "VS": state.stride(2), "KS": state.stride(3)}
-    t_tiles = TensorDescriptor(transform, list(transform.shape), [CHUNK, 1], [CHUNK, CHUNK], kernels.TILE)
-    shared = _shared_heads(numbers * heads, heads // k.shape[1], cores)
-    gate_lines = TensorDescriptor(gates, list(gates.shape), [1], [4 * CHUNK], kernels.LINE)
-    descriptors = tiles(q), tiles(k), tiles(v), t_tiles, gate_lines, tiles(o)
-    with _on(v.device):
-        relaunched(prep.delta_rule_gluon_prep_kernel)[((numbers + 1) * heads // shared,)](
-            descriptors[1],
-            t_tiles,
-            g,
-            beta,
-            gates,
-            o,
-            cu_seqlens,
-            read_slots,
-            seq.write_slots,
-            seq.error,
-            tokens,
-            count,
-            state.shape[0],
-            _row_stride(g),
-            g.stride(1),
-            _row_stride(beta),
-            beta.stride(1),
-            seq.write_slots.stride(0),
-            H=k.shape[1],
-            HV=heads,
-            HEADS=shared,
-            **PREP,
-        )
-        if slots:
-            ends = (
-                TensorDescriptor(starts, [2 * slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.WIDE_TILE),
-                TensorDescriptor(steps, [slots * heads * HEAD, HEAD], [HEAD, 1], [64, 64], kernels.TILE),
+        starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=device)
+        steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float16, device=device)
+        lines = slots * heads * HEAD
+        start_tiles = describe(starts.data_ptr(), torch.float32, (2 * lines, HEAD), (HEAD, 1), wide)
+        step_tiles = describe(steps.data_ptr(), torch.float16, (lines, HEAD), (HEAD, 1), tile)
+        launch(
+            segments.delta_rule_gluon_summary_kernel,
+            (2 * count + 4 * slots) * heads,
+            (
+                k_tiles, v_tiles, t_tiles, gate_lines, start_tiles, step_tiles, state, starts, cu_seqlens, read_slots,
+                has_state, *sizes, s_stride, h_stride,
+            ),
+            _summary_constants(key_heads, heads, v_stride, k_stride),
+        )  # fmt: skip
+        if longest > 2 * segment * CHUNK:
+            launch(
+                segments.delta_rule_gluon_starts_kernel,
+                count * heads * 2,
+                (start_tiles, step_tiles, cu_seqlens, read_slots, tokens, count, pool, segment),
+                _starts_constants(heads),
             )
-            relaunched(segments.delta_rule_gluon_summary_kernel)[((2 * count + 4 * slots) * heads,)](
-                *descriptors[1:5],
-                *ends,
-                state,
-                starts,
-                cu_seqlens,
-                read_slots,
-                has_state,
-                *sizes,
-                state.stride(0),
-                state.stride(1),
-                **shape,
-                **SUMMARY,
-            )
-            if seq.max_len > 2 * segment * CHUNK:
-                relaunched(segments.delta_rule_gluon_starts_kernel)[(count * heads * 2,)](
-                    *ends,
-                    cu_seqlens,
-                    read_slots,
-                    tokens,
-                    count,
-                    state.shape[0],
-                    segment,
-                    HV=heads,
-                    **STARTS,
-                )
-        units = (count + slots) * heads
-        at_once = rows * -(-chunks // segment) if slots else count
-        single, pair = _output_us(at_once * heads, heads // k.shape[1], cores, bandwidth)
-        schedule = SINGLE if single <= pair else PAIR
-        relaunched(kernels.delta_rule_gluon_kernel)[(units * (2 // schedule["NWG"]),)](
-            *descriptors,
-            o,
-            state,
-            cu_seqlens,
-            read_slots,
-            seq.write_slots,
-            has_state,
-            starts,
-            *sizes,
-            state.stride(0),
-            state.stride(1),
-            seq.write_slots.stride(0),
-            scale,
-            math.log2(scale),
-            CUT=slots > 0,
-            **shape,
-            **schedule,
-        )
+    constants = _carry_constants(key_heads, heads, v_stride, k_stride, single, slots > 0)
+    launch(
+        kernels.delta_rule_gluon_kernel,
+        (count + slots) * heads * (2 // constants["NWG"]),
+        (
+            q_tiles, k_tiles, v_tiles, t_tiles, gate_lines, o_tiles, o, state, cu_seqlens, read_slots, write_slots,
+            has_state, starts, *sizes, s_stride, h_stride, write_stride, scale, math.log2(scale),
+        ),
+        constants,
+    )  # fmt: skip
     return o
 
 
-def _for_tma(x: Tensor) -> Tensor:
-    """x [T, heads, 128], copied if TMA cannot read it: its rows begin at multiples of 16 bytes, heads side by side."""
-    rows = x.shape[0] == 1 or (x.stride(0) >= x.shape[1] * HEAD and x.stride(0) * x.element_size() % 16 == 0)
-    heads = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == HEAD)
-    return x if rows and heads and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+@functools.cache
+def _kernels() -> tuple[Any, Any, Any, Box, Box, Box]:
+    """The kernels' modules, and what a copy moves: 64 rows of 64 numbers of 16 bits or f32, or the gates of a chunk."""
+    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
+
+    tile, wide = Box([CHUNK, 64], delta_rule_gluon.TILE), Box([CHUNK, 64], delta_rule_gluon.WIDE_TILE)
+    line = Box([4 * CHUNK], delta_rule_gluon.LINE)
+    return delta_rule_gluon_prep, delta_rule_gluon_segments, delta_rule_gluon, tile, wide, line
 
 
+def _tiles(x: Tensor, tokens: int, heads: int, box: Box) -> tuple[Tensor, Any]:
+    """x [T, heads, 128] and its descriptor as a matrix. A copy if TMA cannot read x: it is not empty, its rows begin at multiples
+    of 16 bytes, heads side by side. What is returned must live until it is launched with."""
+    row, head, unit = x.stride()
+    width, address = heads * HEAD, x.data_ptr()
+    if tokens < 2:
+        row = width
+    if unit != 1 or (head != HEAD and heads > 1) or row < width or row % 8 or address % 16 or not tokens:
+        x, row = x.clone(memory_format=torch.contiguous_format) if tokens else x.new_empty(1, heads, HEAD), width
+        address = x.data_ptr()
+    return x, describe(address, x.dtype, (tokens or 1, width), (row, 1), box)
+
+
+@functools.lru_cache(maxsize=256)
+def _prep_constants(key_heads: int, heads: int, shared: int) -> dict[str, Any]:
+    return {"H": key_heads, "HV": heads, "HEADS": shared, **PREP}
+
+
+@functools.lru_cache(maxsize=256)
+def _summary_constants(key_heads: int, heads: int, v_stride: int, k_stride: int) -> dict[str, Any]:
+    return {"H": key_heads, "HV": heads, "VS": v_stride, "KS": k_stride, **SUMMARY}
+
+
+@functools.lru_cache(maxsize=256)
+def _starts_constants(heads: int) -> dict[str, Any]:
+    return {"HV": heads, **STARTS}
+
+
+@functools.lru_cache(maxsize=256)
+def _carry_constants(
+    key_heads: int, heads: int, v_stride: int, k_stride: int, single: bool, cut: bool
+) -> dict[str, Any]:
+    shape = {"H": key_heads, "HV": heads, "VS": v_stride, "KS": k_stride}
+    return {**shape, "CUT": cut, **(SINGLE if single else PAIR)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(
+    tokens: int, count: int, longest: int, key_heads: int, heads: int, segment: int | None, device: torch.device
+) -> tuple[int, int, bool]:
+    """Chunks of a segment (`segment` if it is given), segments to make room for, and whether `single` runs them."""
+    # as many rows of the longest one's length as there are tokens for
+    rows, chunks = min(count, -(-tokens // max(longest, 1))), -(-longest // CHUNK)
+    cores, bandwidth = _facts(device)
+    if segment is None:
+        segment = _segment((rows,), key_heads, heads, chunks, cores, bandwidth)
+    slots = tokens // (segment * CHUNK) if segment and longest > segment * CHUNK else 0
+    segment = segment or 1
+    at_once = rows * -(-chunks // segment) if slots else count
+    single, pair = _output_us(at_once * heads, heads // key_heads, cores, bandwidth)
+    return segment, slots, single <= pair
+
+
+@functools.lru_cache(maxsize=1024)
 def _shared_heads(tiles: int, group: int, cores: int) -> int:
     """Value heads for which one program of `prep` takes a chunk's keys: all of the key head's, as long as all cores have work."""
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))

@@ -1,114 +1,154 @@
 """Launch a Triton or Gluon kernel again without repeating what its first launch has shown.
 
 `kernel[grid](...)` binds, specialises and looks up each argument by way of dictionaries and strings: for the 60 arguments of
-`gdn_step` 35 us before the launch itself, where this takes 17. It returns the compiled kernel, which can be launched again by
-whatever has the same key; the key tells apart all that Triton's own does.
+`gdn_step` that takes a host longer than all else. Here Triton makes the first launch of a key, and later ones go to its C
+function with their own addresses and numbers. The key tells apart all that Triton's own does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_launchers: dict[int, tuple[Any, Any]] = {}
+from gdnir.lowering.descriptors import encode
+from gdnir.lowering.direct import Again, direct
+
+MOST = 1024
+"""Constants of one kernel, and keys of one kind, that are remembered; then all are forgotten, and Triton asked again."""
+
+_launchers: dict[int, tuple[Any, Callable[[int, Sequence[Any], dict[str, Any]], None]]] = {}
 
 
-def relaunched(kernel: Any) -> Any:
-    """`relaunched(kernel)[grid](...)` is `kernel[grid](...)`. What is no compiled kernel of CUDA (interpreted ones; on ROCm
-    Triton also looks at the sizes of tensors) is returned as it is, and under torch.compile, which knows Triton's kernels."""
+def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """`kernel[(programs,)](*args, **constants)`, on the arguments' device and its current stream.
+
+    `args` are the kernel's first arguments, all that are not constexpr. `constants` are the others, and options, in a dict that
+    the caller keeps and never changes: it is known by its identity. Launches with the same one have tensors, and None, in the
+    same places. Only what CUDA runs is relaunched: interpreted kernels, those on ROCm (where Triton also looks at the sizes of
+    tensors), under torch.compile, which knows Triton's kernels, and all while a profiler hooks into launches are launched by
+    Triton. Raises KeyError or TypeError for arguments that are missing or of an unknown type.
+    """
     if torch.compiler.is_compiling():
-        return kernel
-    if found := _launchers.get(id(kernel)):
-        return found[1]
+        kernel[(programs,)](*args, **constants)
+        return
+    found = _launchers.get(id(kernel))
+    if found is None:
+        found = _launchers[id(kernel)] = kernel, _launcher(kernel)  # the kernel too, or another one might get its id
+    found[1](programs, args, constants)
+
+
+def _launcher(kernel: Any) -> Callable[[int, Sequence[Any], dict[str, Any]], None]:
     from triton.runtime.jit import JITFunction
 
-    compiled = isinstance(kernel, JITFunction) and torch.version.hip is None and torch.cuda.is_available()
-    launcher = Relaunch(kernel) if compiled else kernel
-    _launchers[id(kernel)] = kernel, launcher  # the kernel too, or another one might get its id
-    return launcher
+    if isinstance(kernel, JITFunction) and torch.version.hip is None and torch.cuda.is_available():
+        return Relaunch(kernel)
+
+    def plainly(programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+        with _on(args):
+            kernel[(programs,)](*args, **constants)
+
+    return plainly
 
 
-class _Places(NamedTuple):
-    """Which of a launch's arguments say what, for arguments of these types; the getters give them all at once."""
-
-    constants: Callable[[Any], Any]
-    specialised: Callable[[Any], Any]  # integers of which some values are compiled in, and divisors
-    others: list[int]  # integers of which only the width is
-    tensors: list[int]
-    aligned: list[int]
-    descriptors: list[int]
-    options: Callable[[Any], Any]
+def _on(args: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    if device.type == "cpu":  # Triton's interpreter
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return guard
 
 
 class Relaunch:
-    """A kernel, and what has been compiled of it, by device and key."""
+    """A kernel, and what Triton has shown of it."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.names: list[str] = kernel.arg_names
-        self.places: dict[Any, _Places] = {}
-        self.compiled: dict[Any, Any] = {}
+        from triton import knobs
+        from triton.runtime import driver
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self.launch, grid)
+        self.kernel, self.knobs = kernel, knobs.runtime
+        self.kinds: dict[int, _Kind] = {}
+        self.current_device = driver.active.get_current_device
+        self.current_stream = driver.active.get_current_stream
 
-    def launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
-        device = torch.cuda.current_device()
-        key, values = self.key(args, named)
-        compiled = self.compiled.get((device, key))
-        if compiled is None:
-            self.compiled[device, key] = self.kernel[grid](*args, **named)
+    def __call__(self, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+        kind = self.kinds.get(id(constants)) or self.kind(args, constants)
+        device, key, values = kind.split(*args)
+        if device != self.current_device():
+            if device < 0:  # on the CPU: Triton says what is wrong with it
+                self.kernel[(programs,)](*args, **constants)
+                return
+            with _on(args):
+                self(programs, args, constants)
+        elif (again := kind.known.get(key)) is not None and not self.watched():
+            again(programs, self.current_stream(device), values)
         else:
-            compiled[(*grid, 1, 1)](*values, stream=torch._C._cuda_getCurrentRawStream(device))
+            compiled = self.kernel[(programs,)](*args, **constants)
+            if key not in kind.known:
+                if len(kind.known) >= MOST:
+                    kind.known.clear()
+                kind.known[key] = direct(compiled, (*args, *kind.tail))
 
-    def key(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, list[Any]]:
-        """(key, all arguments in order). Raises KeyError if one is missing, TypeError for what this file does not know."""
-        values = [*args, *[named[name] for name in self.names[len(args) :]]]
-        kind = tuple(map(type, values)), tuple(named)
-        places = self.places.get(kind)
-        if places is None:
-            places = self.places[kind] = self._sort(kind[0], named)
-        key = (
-            kind,
-            places.constants(values),
-            # Triton asks for 1 and multiples of 16. These are strides: their values are as few.
-            places.specialised(values),
-            tuple([-(2**31) <= values[i] < 2**31 for i in places.others]),
-            tuple([values[i].dtype for i in places.tensors]),
-            tuple([values[i].data_ptr() % 16 for i in places.aligned]),
-            # Layouts are constants of the kernels' modules, so that each is one object.
-            tuple([(x.base.dtype, *x.block_shape, id(x.layout)) for x in [values[i] for i in places.descriptors]]),
-            places.options(named),
-        )
-        return key, values
+    def watched(self) -> bool:
+        """Whether somebody wants to know of launches."""
+        enter, leave = self.knobs.launch_enter_hook, self.knobs.launch_exit_hook
+        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self.kernel.pre_run_hooks)
 
-    def _sort(self, types: tuple[type, ...], named: dict[str, Any]) -> _Places:
-        constants: list[int] = []
-        specialised: list[int] = []
-        places = _Places(_none, _none, [], [], [], [], _getter([name for name in named if name not in self.names]))
-        for i, (kind, p) in enumerate(zip(types, self.kernel.params, strict=True)):
-            if p.is_constexpr or kind is bool:
-                constants.append(i)
-            elif kind is int:
-                (places.others if p.do_not_specialize else specialised).append(i)
-            elif issubclass(kind, Tensor):
-                places.tensors.append(i)
-                places.aligned.extend([i] * (not p.do_not_specialize and not p.do_not_specialize_on_alignment))
-            elif kind.__name__ == "TensorDescriptor":
-                places.descriptors.append(i)
-            elif kind not in (float, type(None)):
-                raise TypeError(f"{self.names[i]} is a {kind.__name__}")
-        return places._replace(constants=_getter(constants), specialised=_getter(specialised))
+    def kind(self, args: Sequence[Any], constants: dict[str, Any]) -> _Kind:
+        """What launches with these constants have in common, remembered."""
+        if len(self.kinds) >= MOST:
+            self.kinds.clear()
+        params = self.kernel.params
+        tail = tuple([constants[p.name] for p in params[len(args) :]])
+        found = self.kinds[id(constants)] = _Kind(_splitter(params, args, tail), {}, constants, tail)
+        return found
 
 
-def _none(_: Any) -> None:
-    return None
+class _Kind(NamedTuple):
+    split: Callable[..., tuple[int, Any, tuple[Any, ...]]]
+    known: dict[Any, Again | None]  # None: Triton launches it
+    constants: dict[str, Any]  # kept, or others might get its id
+    tail: tuple[Any, ...]  # the constexpr arguments
 
 
-def _getter(items: list[Any]) -> Callable[[Any], Any]:
-    return itemgetter(*items) if items else _none
+def _splitter(params: Sequence[Any], args: Sequence[Any], tail: tuple[Any, ...]) -> Callable[..., Any]:
+    """A function of arguments like these: (device, key, what C takes). With equal keys Triton takes the same compiled kernel.
+
+    Its text is written here, as Triton writes its binder: a loop over 40 arguments takes as long as that.
+    """
+    device, key, values = "", [], []
+    for i, (x, p) in enumerate(zip(args, params, strict=False)):
+        a = value = f"a{i}"
+        if p.is_constexpr:
+            raise TypeError(f"{p.name} is constexpr, and belongs to the constants")
+        if isinstance(x, Tensor):
+            device, value = device or f"{a}.get_device()", f"p{i}"
+            aligned = not p.do_not_specialize and not p.do_not_specialize_on_alignment
+            key += [f"{a}.dtype", *[f"p{i} % 16"] * aligned]
+        elif type(x).__name__ == "TensorDescriptor":
+            value = f"*({a}.encoded or encode({a}))"
+            key.append(f"{a}.kind")
+        elif type(x) is int:
+            # Triton asks for 1 and multiples of 16. What it asks that of is strides: their values are as few.
+            key.append(f"-0x80000000 <= {a} < 0x80000000" if p.do_not_specialize else a)
+        elif x is None:
+            key.append(f"{a} is None")
+        elif type(x) is float:
+            key.append(f"{a}.__class__")
+        else:
+            raise TypeError(f"{p.name} is a {type(x).__name__}")
+        values.append(value)
+    names = [f"a{i}" for i in range(len(args))]
+    addresses = [f"    {value} = a{value[1:]}.data_ptr()\n" for value in values if value[0] == "p"]
+    source = (
+        f"def split({', '.join(names)}):\n{''.join(addresses)}    device = {device}\n"
+        f"    return device, (device, {', '.join(key)}), ({', '.join(values)}, *tail)\n"
+    )
+    scope: dict[str, Any] = {"encode": encode, "tail": tail}
+    exec(compile(source, "<split>", "exec"), scope)  # noqa: S102 - built above, of our own names only
+    split: Callable[..., Any] = scope["split"]
+    return split

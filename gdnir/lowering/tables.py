@@ -66,9 +66,9 @@ def _check_names(where: str, got: Any, want: Collection[str], *, exact: bool) ->
         raise TableError(f"{where}: {', '.join(missing)} missing. Add what is missing; nothing is filled in.")
 
 
-def pick(section: Section, device: torch.device) -> dict[str, Any]:
-    """The section's choices for this GPU: of its own kind, else of the group it belongs to, else the default."""
-    return next(section[kind] for kind in (*kinds(device), "default") if kind in section)
+def pick(section: Section, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The section's choices for a GPU of these `kinds`: of its own kind, else of the group it belongs to, else the default."""
+    return next(section[kind] for kind in (*kinds, "default") if kind in section)
 
 
 def kinds(device: torch.device) -> tuple[str, ...]:

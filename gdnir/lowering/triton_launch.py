@@ -6,15 +6,15 @@ launch gives the same bits, and nothing is compiled again when only the batch ch
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gdnir.lowering import tables
-from gdnir.lowering.relaunch import relaunched
-from gdnir.lowering.tables import pick
+from gdnir.lowering.relaunch import launch
+from gdnir.lowering.tables import kinds, pick
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -45,37 +45,35 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
     o, z: [T, HV, V], any strides (a last stride other than 1 costs a copy); weight: [V]; activation: "silu" or
     "sigmoid". Returns y [T, HV, V], contiguous.
     """
-    y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
-    if y.numel() == 0:
+    tokens, heads, width = o.shape
+    y = torch.empty((tokens, heads, width), dtype=o.dtype, device=o.device)
+    rows = tokens * heads
+    if rows * width == 0:
         return y
     from gdnir.kernels import gated_rmsnorm as kernels
 
-    o, z, weight = _unit_last(o), _unit_last(z), weight.contiguous()
-    tokens, heads, width = o.shape
-    padded = _next_power_of_2(width)
-    blocks = pick(_TABLES["norm"], o.device)
-    rows_per_program = max(1, blocks["ELEMENTS"] // padded)
-    rows = tokens * heads
-    with _on(o.device):
-        relaunched(kernels.gated_rmsnorm_kernel)[(_cdiv(rows, rows_per_program),)](
-            o,
-            z,
-            weight,
-            y,
-            rows,
-            _row_stride(o),
-            o.stride(1),
-            _row_stride(z),
-            z.stride(1),
-            eps,
-            HV=heads,
-            V=width,
-            V_POW2=padded,
-            ROWS=rows_per_program,
-            ACTIVATION=activation,
-            num_warps=blocks["num_warps"],
-        )
+    (o, (o_row, o_head, _)), (z, (z_row, z_head, _)) = _strided(o), _strided(z)
+    constants = _norm_constants(kinds(o.device), heads, width, activation)
+    launch(
+        kernels.gated_rmsnorm_kernel,
+        _cdiv(rows, constants["ROWS"]),
+        (o, z, weight.contiguous(), y, rows, o_row, o_head, z_row, z_head, eps),
+        constants,
+    )
     return y
+
+
+@functools.lru_cache(maxsize=256)
+def _norm_constants(kinds: tuple[str, ...], heads: int, width: int, activation: str) -> dict[str, Any]:
+    blocks, padded = pick(_TABLES["norm"], kinds), _next_power_of_2(width)
+    return {
+        "HV": heads,
+        "V": width,
+        "V_POW2": padded,
+        "ROWS": max(1, blocks["ELEMENTS"] // padded),
+        "ACTIVATION": activation,
+        "num_warps": blocks["num_warps"],
+    }
 
 
 def causal_conv1d(
@@ -95,41 +93,62 @@ def causal_conv1d(
     "none". f32 inside, rounded once to qkv's dtype. Tokens of padding rows and of nobody are exactly 0. A slot >= S
     sets seq.error. Returns y [T, C], contiguous.
     """
-    y = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     tokens, channels = qkv.shape
-    if seq.num_seqs == 0 or channels == 0:
+    y = torch.empty((tokens, channels), dtype=qkv.dtype, device=qkv.device)
+    count = seq.num_seqs
+    if count == 0 or channels == 0:
         return y.zero_()  # no row owns a token
     from gdnir.kernels import causal_conv1d as kernels
 
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    width = weight.shape[1]
-    state = _conv_state(_unit_last(qkv), conv_state, seq, width, conv_layout)
-    state["C"] = channels
-    output: dict[str, Any] = {
-        "weight": weight,
-        "bias": bias,
-        "y": y,
-        "W_POW2": _next_power_of_2(width),
-        "ACTIVATION": activation,
-    }
-    with _on(qkv.device):
-        if seq.phase != "prefill":
-            blocks = pick(_TABLES[f"update_{conv_layout}"], qkv.device)
-            relaunched(kernels.conv_update_kernel)[(seq.num_seqs * _cdiv(channels, blocks["BC"]),)](
-                **state,
-                **output,
-                **_writes(seq),
-                L=seq.write_slots.shape[1],
-                stride_wl=seq.write_slots.stride(1),
-                VERIFY=seq.phase == "verify",
-                **blocks,
-            )
-            return y
-        blocks = _prefill_blocks(pick(_TABLES["conv"], qkv.device), qkv)
-        grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * _cdiv(channels, blocks["BC"]),)
-        relaunched(kernels.conv_prefill_kernel)[grid](**state, **output, **_writes(seq), **blocks)
+    (x, (row, _)), width = _strided(qkv), weight.shape[1]
+    pool, columns, *strides = _conv_state(conv_state, conv_layout)
+    slots = seq.write_slots
+    tensors = (
+        x,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        conv_state,
+        y,
+        _unit_last(seq.cu_seqlens),
+        _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
+        slots,
+        _unit_last(seq.has_state),
+        seq.error,
+    )
+    sizes = tokens, channels, count, pool, columns
+    slot_row, slot_column = slots.stride()
+    if seq.phase != "prefill":
+        section, verify = f"update_{conv_layout}", seq.phase == "verify"
+        constants = _update_constants(section, kinds(x.device), width, activation, verify, bias is None)
+        launch(
+            kernels.conv_update_kernel,
+            count * _cdiv(channels, constants["BC"]),
+            (*tensors, *sizes, slots.shape[1], row, *strides, slot_row, slot_column),
+            constants,
+        )
+        return y
+    tile, constants = _prefill_constants(kinds(x.device), x.element_size(), width, activation, bias is None)
+    programs = (count + _cdiv(tokens, tile)) * _cdiv(channels, constants["BC"])
+    launch(kernels.conv_prefill_kernel, programs, (*tensors, *sizes, row, *strides, slot_row, tile), constants)
     return y
+
+
+# `plain`: without a bias. Launches with the same constants have tensors in the same places.
+@functools.lru_cache(maxsize=256)
+def _update_constants(
+    section: str, kinds: tuple[str, ...], width: int, activation: str, verify: bool, plain: bool
+) -> dict[str, Any]:
+    filter_ = {"W": width, "W_POW2": _next_power_of_2(width), "ACTIVATION": activation}
+    return {**filter_, "VERIFY": verify, **pick(_TABLES[section], kinds)}
+
+
+@functools.lru_cache(maxsize=256)
+def _prefill_constants(
+    kinds: tuple[str, ...], element_size: int, width: int, activation: str, plain: bool
+) -> tuple[int, dict[str, Any]]:
+    """(tokens of a program, what the kernel is compiled for)"""
+    blocks = _prefill_blocks(pick(_TABLES["conv"], kinds), element_size)
+    return blocks.pop("BT"), {"W": width, "W_POW2": _next_power_of_2(width), "ACTIVATION": activation, **blocks}
 
 
 def conv_prep(
@@ -154,108 +173,121 @@ def conv_prep(
     qkv [T, C], a, b [T, HV]: any row stride (a last stride other than 1 costs a copy); the rest as causal_conv1d. f32
     inside, rounded once. Returns q, k [T, H, K], v [T, HV, V] in qkv's dtype and g, beta [T, HV] f32, contiguous.
     """
-    h, hv, k, v = heads
-    tokens = qkv.shape[0]
-    qk = torch.empty((2, tokens, h, k), dtype=qkv.dtype, device=qkv.device)
-    value = torch.empty((tokens, hv, v), dtype=qkv.dtype, device=qkv.device)
-    g = torch.empty((tokens, hv), dtype=torch.float32, device=qkv.device)
-    beta = torch.empty((tokens, hv), dtype=torch.float32, device=qkv.device)
-    if seq.num_seqs == 0:  # no row owns a token, but the gates know of no rows
+    (h, hv, k, v), tokens, count = heads, qkv.shape[0], seq.num_seqs
+    dtype, device = qkv.dtype, qkv.device
+    qk = torch.empty((2, tokens, h, k), dtype=dtype, device=device)
+    value = torch.empty((tokens, hv, v), dtype=dtype, device=device)
+    g = torch.empty((tokens, hv), dtype=torch.float32, device=device)
+    beta = torch.empty((tokens, hv), dtype=torch.float32, device=device)
+    if count == 0:  # no row owns a token, but the gates know of no rows
         from gdnir.lowering.triton_step import gdn_gate
 
         return *qk.zero_(), value.zero_(), *gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
     from gdnir.kernels import conv_prep as kernels
 
-    weight = weight.contiguous()
-    a, b = _unit_last(a), _unit_last(b)
-    state = _conv_state(_unit_last(qkv), conv_state, seq, weight.shape[1], conv_layout)
+    (x, (x_row, _)), (a, (a_row, _)), (b, (b_row, _)) = _strided(qkv), _strided(a), _strided(b)
+    pool, columns, *strides = _conv_state(conv_state, conv_layout)
+    tile, each, constants = _prep_constants(
+        kinds(device), dtype.itemsize, heads, weight.shape[1], activation, allow_neg_eigval, bias is None
+    )
+    launch(
+        kernels.conv_prep_kernel,
+        (count + _cdiv(tokens, tile)) * each + _cdiv(tokens * hv, constants["BG"]),
+        (
+            x,
+            a,
+            b,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            conv_state,
+            A_log.contiguous(),
+            dt_bias.contiguous(),
+            qk,
+            value,
+            g,
+            beta,
+            _unit_last(seq.cu_seqlens),
+            _unit_last(seq.read_slots),
+            seq.write_slots,
+            _unit_last(seq.has_state),
+            seq.error,
+            tokens,
+            count,
+            pool,
+            columns,
+            x_row,
+            a_row,
+            b_row,
+            *strides,
+            seq.write_slots.stride()[0],
+            eps,
+            tile,
+        ),
+        constants,
+    )
+    return *qk.unbind(), value, g, beta
+
+
+@functools.lru_cache(maxsize=256)
+def _prep_constants(
+    kinds: tuple[str, ...],
+    element_size: int,
+    heads: tuple[int, int, int, int],
+    width: int,
+    activation: str,
+    allow_neg_eigval: bool,
+    plain: bool,
+) -> tuple[int, int, dict[str, Any]]:
+    """(tokens of a program, programs that share them, what the kernel is compiled for)"""
+    h, hv, k, v = heads
     k_pow2, v_pow2 = _next_power_of_2(k), _next_power_of_2(v)
-    table, gates = (pick(_TABLES[name], qkv.device) for name in ("prep", "gates"))
-    warps = max(k_pow2, v_pow2) * qkv.element_size() // (32 * table["BYTES"])
-    blocks = _prefill_blocks({**table, "num_warps": min(max(warps, 1), 4)}, qkv)
+    table = pick(_TABLES["prep"], kinds)
+    warps = max(k_pow2, v_pow2) * element_size // (32 * table["BYTES"])
+    blocks = _prefill_blocks({**table, "num_warps": min(max(warps, 1), 4)}, element_size)
     each = 2 * _cdiv(h, max(1, blocks["BC"] // k_pow2)) + _cdiv(hv, max(1, blocks["BC"] // v_pow2))
-    with _on(qkv.device):
-        grid = ((seq.num_seqs + _cdiv(tokens, blocks["BT"])) * each + _cdiv(tokens * hv, gates["BG"]),)
-        relaunched(kernels.conv_prep_kernel)[grid](
-            **state,
-            **_writes(seq),
-            a=a,
-            b=b,
-            weight=weight,
-            bias=None if bias is None else bias.contiguous(),
-            A_log=A_log.contiguous(),
-            dt_bias=dt_bias.contiguous(),
-            qk=qk,
-            v=value,
-            g=g,
-            beta=beta,
-            stride_at=_row_stride(a),
-            stride_bt=_row_stride(b),
-            eps=eps,
-            H=h,
-            HV=hv,
-            K=k,
-            V=v,
-            K_POW2=k_pow2,
-            V_POW2=v_pow2,
-            W_POW2=_next_power_of_2(weight.shape[1]),
-            ACTIVATION=activation,
-            ALLOW_NEG_EIGVAL=allow_neg_eigval,
-            **gates,
-            **blocks,
-        )
-    return qk[0], qk[1], value, g, beta
-
-
-def _conv_state(x: Tensor, conv_state: Tensor, seq: Seq, width: int, conv_layout: str) -> dict[str, Any]:
-    """Arguments shared by all kernels of the convolution, by name: their signatures differ."""
-    c_dim, p_dim = (1, 2) if conv_layout == "cw" else (2, 1)
-    return {
-        "x": x,
-        "conv_state": conv_state,
-        "cu_seqlens": _unit_last(seq.cu_seqlens),
-        "read_slots": _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
-        "has_state": _unit_last(seq.has_state),
-        "T": x.shape[0],
-        "N": seq.num_seqs,
-        "S": conv_state.shape[0],
-        "P": conv_state.shape[p_dim],
-        "stride_xt": _row_stride(x),
-        "stride_s": conv_state.stride(0),
-        "stride_c": conv_state.stride(c_dim),
-        "stride_p": conv_state.stride(p_dim),
+    constants = {
+        "H": h,
+        "HV": hv,
+        "K": k,
+        "V": v,
+        "K_POW2": k_pow2,
+        "V_POW2": v_pow2,
         "W": width,
+        "W_POW2": _next_power_of_2(width),
+        "ACTIVATION": activation,
+        "ALLOW_NEG_EIGVAL": allow_neg_eigval,
+        **pick(_TABLES["gates"], kinds),
     }
+    return blocks.pop("BT"), each, {**constants, **blocks}
 
 
-def _writes(seq: Seq) -> dict[str, Any]:
-    return {"write_slots": seq.write_slots, "error": seq.error, "stride_wn": seq.write_slots.stride(0)}
+def _conv_state(state: Tensor, layout: str) -> tuple[int, int, int, int, int]:
+    """(slots, columns, strides of slots, channels and columns) of a convolution's states."""
+    (pool, *sizes), (slot, *strides) = state.shape, state.stride()
+    c, p = (0, 1) if layout == "cw" else (1, 0)
+    return pool, sizes[p], slot, strides[c], strides[p]
 
 
-def _prefill_blocks(table: dict[str, Any], x: Tensor) -> dict[str, Any]:
+def _prefill_blocks(table: dict[str, Any], element_size: int) -> dict[str, Any]:
     """The table with BC, the channels of a program, in place of BYTES."""
-    channels = table["num_warps"] * 32 * table["BYTES"] // x.element_size()
+    channels = table["num_warps"] * 32 * table["BYTES"] // element_size
     return {**{key: value for key, value in table.items() if key != "BYTES"}, "BC": channels}
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type == "cpu":  # Triton's interpreter
-        return nullcontext()
-    module = torch.get_device_module(device)
-    if module.current_device() == device.index:
-        return nullcontext()
-    guard: AbstractContextManager[Any] = module.device(device)
-    return guard
-
-
 def _unit_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
 
 
-def _row_stride(x: Tensor) -> int:
-    """Stride of the tokens. With one token torch allows any value, and an odd one would compile another kernel."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[1:].numel()
+def _strided(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """x with a last stride of 1, perhaps a copy, and its strides."""
+    x = _unit_last(x)
+    return x, _strides(x)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x [T, ...]. With one token torch allows any first one, and an odd one would compile another kernel."""
+    strides: tuple[int, ...] = x.stride()
+    return strides if x.shape[0] > 1 else (x.shape[1:].numel(), *strides[1:])
 
 
 def _next_power_of_2(n: int) -> int:

@@ -4,15 +4,16 @@ run time, and nothing is compiled again when only the batch changes.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gdnir.lowering import tables
-from gdnir.lowering.relaunch import relaunched
+from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _on, _row_stride, _unit_last
+from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _strided, _strides, _unit_last
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -59,14 +60,13 @@ def delta_rule_prefill(
     chunk. Tokens of padding rows and of nobody are exactly 0. A slot >= S sets seq.error. `segment`: chunks of a
     segment (0: no sequence is cut; None: as measured for the shapes). Returns o [T, HV, V], contiguous.
     """
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if seq.num_seqs == 0:
+    (tokens, key_heads, key_dim), (_, heads, value_dim), rows = q.shape, v.shape, seq.num_seqs
+    o = torch.empty((tokens, heads, value_dim), dtype=v.dtype, device=v.device)
+    if rows == 0:
         return o.zero_()  # no row owns a token
     from gdnir.kernels import delta_rule as kernels
 
-    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
-    (tokens, key_heads, key_dim), (_, heads, value_dim), rows = q.shape, v.shape, seq.num_seqs
-    prep, rule, starts_blocks = (pick(table, v.device) for table in (PREP, RULE, STARTS))
+    (q, q_strides), (k, k_strides), (v, v_strides) = _strided(q), _strided(k), _strided(v)
     segment, cut_from = (segment, 4 * segment) if segment is not None else _segment(rows, heads, seq.max_len)
     numbers = tokens // (segment * CHUNK) if segment and seq.max_len > cut_from * CHUNK else 0
     segment = segment if numbers else 0
@@ -74,91 +74,74 @@ def delta_rule_prefill(
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=v.device)
 
-    solve, scores = (empty(heads, tokens, CHUNK, dtype=k.dtype) for _ in range(2))
+    solve, scores = empty(heads, tokens, CHUNK, dtype=k.dtype), empty(heads, tokens, CHUNK, dtype=k.dtype)
     gates = empty(heads, 2, tokens, dtype=torch.float32)
     starts = empty(numbers, heads, value_dim, key_dim, dtype=torch.float32)
     steps = empty(numbers, heads, key_dim, key_dim, dtype=torch.float32)
-    v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
-    batch: dict[str, Any] = {
-        "cu_seqlens": _unit_last(seq.cu_seqlens),
-        "read_slots": _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
-        "T": tokens,
-        "N": rows,
-        "S": state.shape[0],
-    }
-    keys: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "solve": solve,
-        "scores": scores,
-        "gates": gates,
-        "stride_qt": _row_stride(q),
-        "stride_qh": q.stride(1),
-        "stride_kt": _row_stride(k),
-        "stride_kh": k.stride(1),
-        "scale": scale,
-        "H": key_heads,
-    }
-    values: dict[str, Any] = {
-        "v": v,
-        "o": o,
-        "state": state,
-        "starts": starts,
-        "write_slots": seq.write_slots,
-        "stride_vt": _row_stride(v),
-        "stride_vh": v.stride(1),
-        "stride_s": state.stride(0),
-        "stride_sh": state.stride(1),
-        "stride_sv": state.stride(v_dim),
-        "stride_sk": state.stride(k_dim),
-        "stride_wn": seq.write_slots.stride(0),
-    }
-    shape = {"HV": heads, "K": key_dim, "BK": _next_power_of_2(key_dim)}
-    cut = {"SEGMENT": segment, "CUT": cut_from if segment else 0}
-    tiles = _cdiv(value_dim, rule["BV"])
-    with _on(v.device):
-        if tokens:
-            shared = _divisor(heads // key_heads, prep["HEADS"])
-            relaunched(kernels.delta_rule_prep_kernel)[((tokens // CHUNK + rows) * (heads // shared),)](
-                g=g,
-                beta=beta,
-                stride_gt=_row_stride(g),
-                stride_gh=g.stride(1),
-                stride_bt=_row_stride(beta),
-                stride_bh=beta.stride(1),
-                **batch,
-                **keys,
-                **shape,
-                **{**prep, "HEADS": shared},
-            )
-        summaries = numbers * (tiles + _cdiv(key_dim, rule["BV"]))
-        relaunched(kernels.delta_rule_kernel)[((rows * tiles + summaries) * heads,)](
-            steps=steps,
-            has_state=_unit_last(seq.has_state),
-            error=seq.error,
-            V=value_dim,
-            **batch,
-            **keys,
-            **values,
-            **shape,
-            **cut,
-            **rule,
-        )
-        if segment:
-            relaunched(kernels.delta_rule_starts_kernel)[(rows * heads * _cdiv(value_dim, starts_blocks["BV"]),)](
-                starts=starts,
-                steps=steps,
-                V=value_dim,
-                PRECISION="ieee" if "hip" in kinds(v.device) else "tf32x3",
-                **batch,
-                **shape,
-                **cut,
-                **starts_blocks,
-            )
-            relaunched(kernels.delta_rule_segments_kernel)[(numbers * heads * tiles,)](
-                V=value_dim, **batch, **keys, **values, **shape, **cut, **rule
-            )
+    shape = kinds(v.device), (key_heads, heads, key_dim, value_dim)
+    cut = segment, cut_from if segment else 0
+    constants, tiles = _rule_constants(*shape, *cut)
+    slot_stride, head_stride, *last = state.stride()
+    v_stride, k_stride = last if state_layout == "vk" else last[::-1]
+    read = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)  # perhaps a column of the last step's write_slots
+    sizes = tokens, rows, state.shape[0]
+    key_strides = *q_strides[:2], *k_strides[:2]
+    write_stride = seq.write_slots.stride()[0]
+    strides = *key_strides, *v_strides[:2], slot_stride, head_stride, v_stride, k_stride, write_stride
+    inputs = q, k, v, solve, scores, gates, o, state, starts
+    if tokens:
+        prep = _prep_constants(*shape)
+        launch(
+            kernels.delta_rule_prep_kernel,
+            (tokens // CHUNK + rows) * (heads // prep["HEADS"]),
+            (
+                q, k, g, beta, solve, scores, gates, *read, *sizes, *key_strides, *_strides(g), *_strides(beta), scale,
+            ),
+            prep,
+        )  # fmt: skip
+    summaries = numbers * (tiles + _cdiv(key_dim, constants["BV"]))
+    launch(
+        kernels.delta_rule_kernel,
+        (rows * tiles + summaries) * heads,
+        (*inputs, steps, *read, seq.write_slots, _unit_last(seq.has_state), seq.error, *sizes, *strides, scale),
+        constants,
+    )
+    if segment:
+        between = _starts_constants(*shape, *cut)
+        programs = rows * heads * _cdiv(value_dim, between["BV"])
+        launch(kernels.delta_rule_starts_kernel, programs, (starts, steps, *read, *sizes), between)
+        args = (*inputs, *read, seq.write_slots, *sizes, *strides, scale)
+        launch(kernels.delta_rule_segments_kernel, numbers * heads * tiles, args, constants)
     return o
+
+
+@functools.lru_cache(maxsize=256)
+def _prep_constants(kinds: tuple[str, ...], heads: tuple[int, int, int, int]) -> dict[str, Any]:
+    key_heads, value_heads, key_dim, _ = heads
+    blocks = pick(PREP, kinds)
+    shape = {"H": key_heads, "HV": value_heads, "K": key_dim, "BK": _next_power_of_2(key_dim)}
+    return {**shape, **blocks, "HEADS": _divisor(value_heads // key_heads, blocks["HEADS"])}
+
+
+@functools.lru_cache(maxsize=256)
+def _rule_constants(
+    kinds: tuple[str, ...], heads: tuple[int, int, int, int], segment: int, cut_from: int
+) -> tuple[dict[str, Any], int]:
+    """(what the kernels of the rule and of segments are compiled for, tiles of a head's state)"""
+    key_heads, value_heads, key_dim, value_dim = heads
+    blocks = pick(RULE, kinds)
+    shape = {"H": key_heads, "HV": value_heads, "K": key_dim, "V": value_dim, "BK": _next_power_of_2(key_dim)}
+    return {**shape, "SEGMENT": segment, "CUT": cut_from, **blocks}, _cdiv(value_dim, blocks["BV"])
+
+
+@functools.lru_cache(maxsize=256)
+def _starts_constants(
+    kinds: tuple[str, ...], heads: tuple[int, int, int, int], segment: int, cut_from: int
+) -> dict[str, Any]:
+    _, value_heads, key_dim, value_dim = heads
+    shape = {"HV": value_heads, "K": key_dim, "V": value_dim, "BK": _next_power_of_2(key_dim)}
+    precision = "ieee" if "hip" in kinds else "tf32x3"
+    return {**shape, "SEGMENT": segment, "CUT": cut_from, "PRECISION": precision, **pick(STARTS, kinds)}
 
 
 def _divisor(n: int, most: int) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gdnir.lowering import tables
-from gdnir.lowering.relaunch import relaunched
-from gdnir.lowering.tables import pick
-from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _on, _row_stride, _unit_last
+from gdnir.lowering.relaunch import launch
+from gdnir.lowering.tables import kinds, pick
+from gdnir.lowering.triton_launch import _cdiv, _conv_state, _next_power_of_2, _strided, _unit_last
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -82,21 +82,22 @@ def gdn_step(
     rounded once. Padding rows and tokens of nobody are exactly 0; a slot >= S sets seq.error. Returns y [T, HV, V],
     contiguous.
     """
-    y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    h, hv, k, v = heads
-    if seq.num_seqs == 0 or y.shape[1:].numel() == 0:
+    (h, hv, _, v), count, tokens = heads, seq.num_seqs, z.shape[0]
+    y = torch.empty((tokens, hv, v), dtype=z.dtype, device=z.device)
+    if count == 0 or hv * v == 0:
         return y.zero_()  # no row owns a token
     from gdnir.kernels import gdn_step as kernels
 
-    verify = seq.phase == "verify"
-    blocks = pick((VERIFY if verify else STEP)[state.element_size()], state.device)
-    constants = _step_constants(tuple(blocks.items()), (h, hv, k, v), weight.shape[1], state_layout, verify)
-    x, z, a, b = _unit_last(qkv), _unit_last(z), _unit_last(a), _unit_last(b)
-    c_dim, p_dim = (1, 2) if conv_layout == "cw" else (2, 1)
-    v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
-    conv_strides, strides = conv_state.stride(), state.stride()
-    with _on(qkv.device):
-        relaunched(kernels.gdn_step_kernel)[(seq.num_seqs * h,)](
+    (x, (x_row, _)), (z, (z_row, z_head, _)) = _strided(qkv), _strided(z)
+    (a, (a_row, _)), (b, (b_row, _)) = _strided(a), _strided(b)
+    conv_pool, columns, *conv_strides = _conv_state(conv_state, conv_layout)
+    slot_stride, head_stride, *strides = state.stride()
+    slots = seq.write_slots
+    slot_row, slot_column = slots.stride()
+    launch(
+        kernels.gdn_step_kernel,
+        count * h,
+        (
             x,
             z,
             a,
@@ -109,43 +110,51 @@ def gdn_step(
             dt_bias.contiguous(),
             norm_weight.contiguous(),
             y,
-            **_metadata(seq),
-            T=qkv.shape[0],
-            N=seq.num_seqs,
-            S=state.shape[0],
-            P=conv_state.shape[p_dim],
-            L=seq.write_slots.shape[1],
-            stride_xt=_row_stride(x),
-            stride_zt=_row_stride(z),
-            stride_zh=z.stride(1),
-            stride_at=_row_stride(a),
-            stride_bt=_row_stride(b),
-            stride_cs=conv_strides[0],
-            stride_cc=conv_strides[c_dim],
-            stride_cp=conv_strides[p_dim],
-            stride_s=strides[0],
-            stride_h=strides[1],
-            stride_wn=seq.write_slots.stride(0),
-            stride_wl=seq.write_slots.stride(1),
-            l2norm_eps=l2norm_eps,
-            scale=scale,
-            eps=eps,
-            STRIDE_V=strides[v_dim],
-            STRIDE_K=strides[k_dim],
-            ACTIVATION=activation,
-            ALLOW_NEG_EIGVAL=allow_neg_eigval,
-            GATE=gate,
-            **constants,
-        )
+            *_metadata(seq),
+            tokens,
+            count,
+            state.shape[0],
+            columns,
+            slots.shape[1],
+            x_row,
+            z_row,
+            z_head,
+            a_row,
+            b_row,
+            *conv_strides,
+            slot_stride,
+            head_stride,
+            slot_row,
+            slot_column,
+            l2norm_eps,
+            scale,
+            eps,
+        ),
+        _step_constants(
+            kinds(state.device), state.element_size(), heads, weight.shape[1], state_layout, tuple(strides),
+            seq.phase == "verify", activation, allow_neg_eigval, gate, bias is None,
+        ),
+    )  # fmt: skip
     return y
 
 
 @functools.lru_cache(maxsize=256)
 def _step_constants(
-    blocks: tuple[tuple[str, Any], ...], heads: tuple[int, int, int, int], width: int, state_layout: str, verify: bool
+    kinds: tuple[str, ...],
+    element_size: int,
+    heads: tuple[int, int, int, int],
+    width: int,
+    state_layout: str,
+    strides: tuple[int, int],
+    verify: bool,
+    activation: str,
+    allow_neg_eigval: bool,
+    gate: str,
+    plain: bool,
 ) -> dict[str, Any]:
-    """What `gdn_step` is compiled for: all that follows from sizes and the table's choice."""
-    (h, hv, k, v), options = heads, dict(blocks)
+    """What `gdn_step` is compiled for. `strides`: the state's last two; `plain`: without a bias."""
+    h, hv, k, v = heads
+    options = dict(pick((VERIFY if verify else STEP)[element_size], kinds))
     block_v = _block_v(options.pop("TILE"), k, v)
     count = _cdiv(v, block_v)
     tiles = hv // h * count
@@ -155,6 +164,7 @@ def _step_constants(
         elements = _next_power_of_2(count * block_v * k_pow2)
         options["num_warps"] = max(options["num_warps"], elements // (32 * VERIFY_ELEMENTS))
     return {
+        **_state_strides(state_layout, strides),
         "W": width,
         "W_POW2": _next_power_of_2(width),
         "H": h,
@@ -169,8 +179,16 @@ def _step_constants(
         "AHEAD": 0 if verify else min(options.pop("AHEAD"), tiles, KV_AHEAD if state_layout == "kv" else tiles),
         "SHARED": block_v * k_pow2 < 64 * options["num_warps"],
         "VERIFY": verify,
+        "ACTIVATION": activation,
+        "ALLOW_NEG_EIGVAL": allow_neg_eigval,
+        "GATE": gate,
         **options,
     }
+
+
+def _state_strides(layout: str, strides: tuple[int, int]) -> dict[str, int]:
+    v, k = strides if layout == "vk" else strides[::-1]
+    return {"STRIDE_V": v, "STRIDE_K": k}
 
 
 def delta_rule_step(
@@ -191,18 +209,24 @@ def delta_rule_step(
     [S, HV, V, K] ("vk") or [S, HV, K, V] ("kv"), any strides. f32 inside, rounded once. Tokens of padding rows and of
     nobody are exactly 0; a slot >= S sets seq.error. Returns o [T, HV, V], contiguous.
     """
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    (_, h, key_dim), (tokens, hv, value_dim) = k.shape, v.shape
-    if seq.num_seqs == 0 or o.shape[1:].numel() == 0:
+    (_, h, key_dim), (tokens, hv, value_dim), count = k.shape, v.shape, seq.num_seqs
+    o = torch.empty((tokens, hv, value_dim), dtype=v.dtype, device=v.device)
+    if count == 0 or hv * value_dim == 0:
         return o.zero_()  # no row owns a token
     from gdnir.kernels import delta_rule_step as kernels
 
-    q, k, v, g, beta = _unit_last(q), _unit_last(k), _unit_last(v), _unit_last(g), _unit_last(beta)
-    v_dim, k_dim = (2, 3) if state_layout == "vk" else (3, 2)
-    blocks = pick(RULE, state.device)
-    block_v = _block_v(blocks["TILE"], key_dim, value_dim)
-    with _on(v.device):
-        relaunched(kernels.delta_rule_step_kernel)[(seq.num_seqs * hv * _cdiv(value_dim, block_v),)](
+    (q, (q_row, q_head, _)), (k, (k_row, k_head, _)), (v, (v_row, v_head, _)) = _strided(q), _strided(k), _strided(v)
+    (g, (g_row, _)), (beta, (beta_row, _)) = _strided(g), _strided(beta)
+    slot_stride, head_stride, *strides = state.stride()
+    slots = seq.write_slots
+    slot_row, slot_column = slots.stride()
+    constants = _rule_constants(
+        kinds(state.device), (h, hv, key_dim, value_dim), state_layout, tuple(strides), seq.phase == "verify"
+    )
+    launch(
+        kernels.delta_rule_step_kernel,
+        count * hv * _cdiv(value_dim, constants["BV"]),
+        (
             q,
             k,
             v,
@@ -210,36 +234,47 @@ def delta_rule_step(
             beta,
             state,
             o,
-            **_metadata(seq),
-            T=tokens,
-            N=seq.num_seqs,
-            S=state.shape[0],
-            L=seq.write_slots.shape[1],
-            stride_qt=_row_stride(q),
-            stride_qh=q.stride(1),
-            stride_kt=_row_stride(k),
-            stride_kh=k.stride(1),
-            stride_vt=_row_stride(v),
-            stride_vh=v.stride(1),
-            stride_gt=_row_stride(g),
-            stride_bt=_row_stride(beta),
-            stride_s=state.stride(0),
-            stride_h=state.stride(1),
-            stride_wn=seq.write_slots.stride(0),
-            stride_wl=seq.write_slots.stride(1),
-            scale=scale,
-            STRIDE_V=state.stride(v_dim),
-            STRIDE_K=state.stride(k_dim),
-            R=hv // h,
-            HV=hv,
-            V=value_dim,
-            K=key_dim,
-            K_POW2=_next_power_of_2(key_dim),
-            BV=block_v,
-            VERIFY=seq.phase == "verify",
-            num_warps=blocks["num_warps"],
-        )
+            *_metadata(seq),
+            tokens,
+            count,
+            state.shape[0],
+            slots.shape[1],
+            q_row,
+            q_head,
+            k_row,
+            k_head,
+            v_row,
+            v_head,
+            g_row,
+            beta_row,
+            slot_stride,
+            head_stride,
+            slot_row,
+            slot_column,
+            scale,
+        ),
+        constants,
+    )
     return o
+
+
+@functools.lru_cache(maxsize=256)
+def _rule_constants(
+    kinds: tuple[str, ...], heads: tuple[int, int, int, int], state_layout: str, strides: tuple[int, int], verify: bool
+) -> dict[str, Any]:
+    h, hv, key_dim, value_dim = heads
+    blocks = pick(RULE, kinds)
+    return {
+        **_state_strides(state_layout, strides),
+        "R": hv // h,
+        "HV": hv,
+        "V": value_dim,
+        "K": key_dim,
+        "K_POW2": _next_power_of_2(key_dim),
+        "BV": _block_v(blocks["TILE"], key_dim, value_dim),
+        "VERIFY": verify,
+        "num_warps": blocks["num_warps"],
+    }
 
 
 def l2norm(x: Tensor, *, eps: float) -> Tensor:
@@ -254,25 +289,19 @@ def l2norm(x: Tensor, *, eps: float) -> Tensor:
     from gdnir.kernels import l2norm as kernels
 
     width = x.shape[-1]
-    x = _unit_last(x if x.dim() == 3 else x.reshape(-1, 1, width))
-    padded = _next_power_of_2(width)
-    per_program = max(1, pick(_TABLES["norm"], x.device)["ELEMENTS"] // padded)
-    rows = x.shape[0] * x.shape[1]
-    with _on(x.device):
-        relaunched(kernels.l2norm_kernel)[(_cdiv(rows, per_program),)](
-            x,
-            y,
-            rows,
-            _row_stride(x),
-            x.stride(1),
-            eps,
-            H=x.shape[1],
-            K=width,
-            K_POW2=padded,
-            ROWS=per_program,
-            num_warps=4,
-        )
+    x, (row, head, _) = _strided(x if x.dim() == 3 else x.reshape(-1, 1, width))
+    tokens, heads, _ = x.shape
+    rows, constants = tokens * heads, _norm_constants(kinds(x.device), heads, width)
+    args = x, y, rows, row, head, eps
+    launch(kernels.l2norm_kernel, _cdiv(rows, constants["ROWS"]), args, constants)
     return y
+
+
+@functools.lru_cache(maxsize=256)
+def _norm_constants(kinds: tuple[str, ...], heads: int, width: int) -> dict[str, Any]:
+    padded = _next_power_of_2(width)
+    rows = max(1, pick(_TABLES["norm"], kinds)["ELEMENTS"] // padded)
+    return {"H": heads, "K": width, "K_POW2": padded, "ROWS": rows, "num_warps": 4}
 
 
 def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_eigval: bool) -> tuple[Tensor, Tensor]:  # noqa: N803
@@ -283,34 +312,26 @@ def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_
         return g, beta
     from gdnir.kernels import gdn_gate as kernels
 
-    a, b = _unit_last(a), _unit_last(b)
-    blocks = pick(_TABLES["gate"], a.device)
-    with _on(a.device):
-        relaunched(kernels.gdn_gate_kernel)[(_cdiv(g.numel(), blocks["BLOCK"]),)](
-            a,
-            b,
-            A_log.contiguous(),
-            dt_bias.contiguous(),
-            g,
-            beta,
-            g.numel(),
-            _row_stride(a),
-            _row_stride(b),
-            HV=a.shape[1],
-            ALLOW_NEG_EIGVAL=allow_neg_eigval,
-            **blocks,
-        )
+    (a, (a_row, _)), (b, (b_row, _)), size = _strided(a), _strided(b), g.numel()
+    constants = _gate_constants(kinds(a.device), a.shape[1], allow_neg_eigval)
+    args = a, b, A_log.contiguous(), dt_bias.contiguous(), g, beta, size, a_row, b_row
+    launch(kernels.gdn_gate_kernel, _cdiv(size, constants["BLOCK"]), args, constants)
     return g, beta
 
 
-def _metadata(seq: Seq) -> dict[str, Tensor]:
-    return {
-        "cu_seqlens": _unit_last(seq.cu_seqlens),
-        "read_slots": _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
-        "write_slots": seq.write_slots,
-        "has_state": _unit_last(seq.has_state),
-        "error": seq.error,
-    }
+@functools.lru_cache(maxsize=256)
+def _gate_constants(kinds: tuple[str, ...], heads: int, allow_neg_eigval: bool) -> dict[str, Any]:
+    return {"HV": heads, "ALLOW_NEG_EIGVAL": allow_neg_eigval, **pick(_TABLES["gate"], kinds)}
+
+
+def _metadata(seq: Seq) -> tuple[Tensor, ...]:
+    return (
+        _unit_last(seq.cu_seqlens),
+        _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
+        seq.write_slots,
+        _unit_last(seq.has_state),
+        seq.error,
+    )
 
 
 def _block_v(elements: int, key_dim: int, value_dim: int) -> int:

@@ -1,0 +1,70 @@
+"""TMA descriptors, each made once for the memory that it describes, and encoded once.
+
+Checks and the driver's encoding of a 128-byte tensor map take microseconds. Both are functions of an address and a few numbers, so
+what is kept cannot become wrong. It keeps no memory alive: a descriptor knows the address alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MOST = 4096
+"""Descriptors kept; then all are forgotten. A layer takes 6, and an allocator gives the same addresses again."""
+
+_made: dict[Any, Any] = {}
+_ways: dict[Any, tuple[Any, Callable[[Any, Any], list[Any]]]] = {}
+
+
+class Box:
+    """What one copy moves: its shape, and how it lies in shared memory. One object for each, known by its identity."""
+
+    def __init__(self, shape: list[int], layout: Any) -> None:
+        self.shape, self.layout = shape, layout
+
+
+class _Address:
+    """What Triton asks of a descriptor's base."""
+
+    def __init__(self, pointer: int, dtype: torch.dtype) -> None:
+        self.pointer, self.dtype = pointer, dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: Box) -> Any:
+    """Gluon's TensorDescriptor of the memory at `pointer`, strides in elements, which the caller keeps until it is launched with.
+
+    `kind` is equal for those that kernels are compiled for alike; `encoded` is for `encode`. Raises AssertionError for what TMA
+    cannot read.
+    """
+    key = pointer, dtype, shape, strides, box
+    found = _made.get(key)
+    return _make(*key) if found is None else found
+
+
+def _make(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: Box) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    made = TensorDescriptor(_Address(pointer, dtype), list(shape), list(strides), box.shape, box.layout)
+    made.kind, made.encoded = (dtype, box), None
+    if len(_made) >= MOST:
+        _made.clear()
+    _made[pointer, dtype, shape, strides, box] = made
+    return made
+
+
+def encode(descriptor: Any) -> list[Any]:
+    """What Triton's launcher hands to C for a descriptor: a tensor map, shape and strides. Only after `agree`."""
+    if descriptor.encoded is None and descriptor.kind in _ways:
+        how, make = _ways[descriptor.kind]
+        descriptor.encoded = make(descriptor, how)
+    return descriptor.encoded or [descriptor]
+
+
+def agree(descriptor: Any, how: Any, make: Callable[[Any, Any], list[Any]]) -> bool:
+    """Whether `make(descriptor, how)`, which a compiled kernel wants, is what other kernels want of this kind."""
+    return _ways.setdefault(descriptor.kind, (how, make)) == (how, make)
