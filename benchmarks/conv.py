@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, is_h200, peer, replay_ms, report
+from gpu import HERE, ceilings, chain_ms, empty_us, is_h200, peer, replay_ms, report
 from peers import fla_conv, fla_norm, measure
 
 import gdnir
@@ -20,7 +20,8 @@ HEADS, C = (16, 32, 128, 128), 8192
 def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
     conv, prep, norm = (find(op, "triton").run for op in ("causal_conv1d", "conv_prep", "gated_rmsnorm"))
     copy, _ = ceilings()
-    rows, notes = [], []
+    alone, chained = empty_us()
+    rows, notes = [], [f"a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"]
     for tokens in (2048, 8192, 32768):
         x = torch.randn(tokens, C, device="cuda").bfloat16()
         weight, a, b = (torch.randn(*s, device="cuda").bfloat16() for s in ((C, 4), (tokens, 32), (tokens, 32)))
@@ -58,7 +59,9 @@ def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
         for op, (run, moved, theirs, bar) in work.items():
             ms = replay_ms(run)
             speed = moved / ms / 1e9
+            chained = chain_ms(run) if moved > 120e6 else None  # else from the L2 cache
             rows.append({"op": op, "tokens": tokens, "ms": ms, "TB/s": speed, "of copy": speed / copy,
+                         "chain TB/s": chained and moved / chained / 1e9,
                          "bar TB/s": bar if tokens >= 8192 and is_h200() else None, "fla-core ms": theirs,
                          "fla-core of copy": theirs and (3 * o.nbytes if op == "gated_rmsnorm" else each) / theirs / 1e9 / copy,
                          "fla-core/ours": theirs and theirs / ms, "H200 fastest ms": published[op],

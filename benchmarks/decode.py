@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, is_h200, peer, replay_ms, report
+from gpu import HERE, ceilings, chain_ms, empty_us, is_h200, peer, replay_ms, report
 from peers import fla_chain, measure
 
 import gdnir
@@ -26,7 +26,8 @@ def rand(*shape, dtype=torch.bfloat16):
 
 
 def calls(batch, state_dtype, heads=QWEN, drafts=1, beside=False):
-    """(ours, fla-core's chain): the step on as many pools as it takes to exceed the L2 cache twice; and our first result."""
+    """(ours, fla-core's chain, torch's multiplication in place of as many bytes of state): each on as many pools as it takes to
+    exceed the L2 cache twice; and our first result."""
     (h, hv, k, v), step = heads, find("gdn_step", "triton").run
     slots = batch * (1 if drafts == 1 else 1 + drafts) + 1
     tokens, channels = batch * drafts, 2 * h * k + hv * v
@@ -41,22 +42,25 @@ def calls(batch, state_dtype, heads=QWEN, drafts=1, beside=False):
     weight = rand(channels, 4)
     small = rand(hv, dtype=torch.float32), rand(hv, dtype=torch.float32), rand(v)
     acts = rand(tokens, channels), rand(tokens, hv, v), rand(tokens, hv), rand(tokens, hv)
-    ours, chains = [], []
+    ours, chains, plain = [], [], []
     for _ in range(max(1, math.ceil(120e6 / (slots * hv * k * v * state_dtype.itemsize)))):
         conv, state = rand(slots, channels, 3), rand(slots, hv, v, k, dtype=torch.float32).mul_(0.1).to(state_dtype)
         if beside and (chain := fla_chain(acts, weight, small, conv, state, order[:batch], heads, heads == OLMO)):
             chains.append(chain)
+        plain.append(lambda s=state[:batch]: s.mul_(0.999))
         ours.append(lambda c=conv, s=state: step(*acts, weight, None, c, s, *small, seq, **options))
-    return ours, chains, ours[0]()
+    return ours, chains, plain, ours[0]()
 
 
 def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
     hv, k, v = heads[1:]
     name = str(dtype).removeprefix("torch.")
     beside = drafts == 1 and dtype == torch.float32  # fla-core's states are f32
-    ours, chains, first = calls(batch, dtype, heads, drafts, beside)
+    ours, chains, plain, first = calls(batch, dtype, heads, drafts, beside)
     theirs = measure(f"{phase} B={batch}, fla-core", chains, first, notes)
-    ms = replay_ms(*ours, replays=60)
+    ms, chained = replay_ms(*ours, replays=60), chain_ms(*ours)
+    beside_chained = theirs and chain_ms(*chains)
+    plain_ms = chain_ms(*plain) if drafts == 1 else None
     state = (1 + drafts) * batch * hv * k * v * dtype.itemsize
     moved = state + batch * drafts * (2 * (2 * heads[0] * k + hv * v) + 4 * hv * v + 4 * hv)
     moved += (1 + drafts) * batch * 3 * 2 * (2 * heads[0] * k + hv * v)
@@ -69,6 +73,10 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
         "of copy": moved / ms / 1e9 / copy,
         "fla-core us": theirs and theirs * 1e3,
         "ours/fla-core": theirs and ms / theirs,
+        "chain us": chained * 1e3,
+        "chain of copy": moved / chained / 1e9 / copy,
+        "fla-core chain us": beside_chained and beside_chained * 1e3,
+        "mul_ chain us": plain_ms and plain_ms * 1e3,
         "H200 vllm us": vllm and vllm * 1e3,
         "ours/vllm": ms / vllm if vllm and is_h200() else None,
     }
@@ -76,7 +84,8 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
 
 def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
     copy, _ = ceilings()
-    rows, notes = [], []
+    alone, chained = empty_us()
+    rows, notes = [], [f"a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"]
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for batch in BATCHES:
@@ -91,8 +100,9 @@ def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
         "decode",
         rows,
         [
-            f"copy {copy:.2f} TB/s; both peers are chains of convolution, rule and norm, fla-core's of this run",
-            "bars: B = 1 at most 0.65 of a chain, OLMo at most 1; vLLM's chain is published for an H200"
+            f"copy {copy:.2f} TB/s; both peers take three kernels, convolution, rule and norm, fla-core's of this run",
+            "chain: of one call among many in one graph; mul_: torch's, in place, on as much state and nothing else",
+            "bars: B = 1 at most 0.65 of the three kernels, OLMo at most 1; vLLM's are published for an H200"
             + ("" if is_h200() else ", which this card is not: no ratio uses it"),
             *notes,
         ],

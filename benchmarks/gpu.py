@@ -41,6 +41,19 @@ def replay_ms(*calls, replays=40):
     return events_ms([graph.replay for graph in graphs], replays)
 
 
+def chain_ms(*calls, replays=15):
+    """Median milliseconds of one call among many in one graph, which take turns: what it takes in a model's step, without what
+    events and the graph's own launch add to `replay_ms` (an empty kernel reads 10 to 19 us there, 1.2 here)."""
+    alone = replay_ms(*calls, replays=5)
+    count = max(len(calls), 8, min(40, int(4 / alone)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            calls[i % len(calls)]()
+    graph.replay()
+    return events_ms([graph.replay], replays) / count
+
+
 def events_ms(calls, repeats):
     """Median milliseconds between CUDA events around one of the calls, which take turns."""
     spans = []
@@ -62,6 +75,12 @@ def ceilings():
     copy = 2 * source.nbytes / replay_ms(lambda: torch.neg(source, out=target)) / 1e9
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return copy, 2 * 8192**3 / replay_ms(lambda: torch.mm(a, b)) / 1e9
+
+
+def empty_us():
+    """What a kernel of one element reads: (by itself, in a chain)."""
+    one = torch.zeros(1, device="cuda")
+    return replay_ms(lambda: one.add_(1), replays=200) * 1e3, chain_ms(lambda: one.add_(1)) * 1e3
 
 
 def peer(part, case, *names):

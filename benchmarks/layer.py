@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, is_h200, peer, replay_ms, report
+from gpu import HERE, chain_ms, empty_us, is_h200, peer, replay_ms, report
 
 import gdnir
 
@@ -99,7 +99,8 @@ def main(
             seq = batch(phase, count)
             x = torch.randn(seq.num_tokens, 2048, device="cuda", dtype=torch.bfloat16)
             core = torch.randn(seq.num_tokens, 4096, device="cuda", dtype=torch.bfloat16)
-            ms = replay_ms(lambda p=plan, x=x, s=seq, t=state: p(x, t, s))
+            run = lambda p=plan, x=x, s=seq, t=state: p(x, t, s)
+            ms, chained = replay_ms(run), chain_ms(run)
             products = replay_ms(
                 lambda x=x, c=core: (torch.nn.functional.linear(x, w_in), torch.nn.functional.linear(c, w_out))
             )
@@ -110,7 +111,7 @@ def main(
             torch.cuda.synchronize()
             part, case = ("layer", f"T={count}") if phase == "prefill" else ("layerdec", f"B={count}")
             vllm = peer(part, f"H=2048 (16,32) {case}", "vllm")
-            rows.append({"phase": phase, "tokens": count, "ms": ms, "products alone ms": products, "core ms": ms - products,
+            rows.append({"phase": phase, "tokens": count, "ms": ms, "chain ms": chained, "products alone ms": products, "core ms": ms - products,
                          "bar ms": BARS.get((phase, count)) if is_h200() else None, "H200 vllm ms": vllm,
                          "vllm/ours": vllm / ms if is_h200() else None, "host us a call": host})  # fmt: skip
     for phase in PHASES:
@@ -118,6 +119,10 @@ def main(
         notes.append(
             f"first {phase} call: {cold[phase]:.2f} s with an empty cache, {warm[phase]:.2f} s with a filled one"
         )
+    alone, chained = empty_us()
+    notes.append(
+        f"chain: of one call among many in one graph; a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"
+    )
     notes.append(
         "prefill is one sequence of `tokens`, decode `tokens` sequences of one; host time while the device lags behind"
         + ("" if is_h200() else "; vLLM's times and the bars are an H200's, no ratio uses them here")

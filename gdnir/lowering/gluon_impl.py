@@ -16,6 +16,7 @@ from gdnir import ops
 from gdnir.ir import StateType
 from gdnir.lowering import lowers
 from gdnir.lowering.gluon_rule import HEAD, delta_rule_prefill, segment_of_heads
+from gdnir.lowering.opaque import opaque
 from gdnir.platforms import Platform
 from gdnir.seq import Seq
 
@@ -55,6 +56,7 @@ def _fits(
     return None
 
 
+@opaque
 def _by_heads(
     q: Tensor,
     k: Tensor,
@@ -71,6 +73,7 @@ def _by_heads(
 
 
 @lowers(ops.gated_delta_rule, "gluon", available=on_hopper, accepts=_fits, batch_invariant=_by_heads)
+@opaque
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from gdnir import ops
 from gdnir.ir import Dim, StateType, TensorType
 from gdnir.lowering import lowers, triton_launch, triton_rule, triton_step
+from gdnir.lowering.opaque import opaque
 from gdnir.platforms import Platform
 from gdnir.seq import Seq
 
@@ -57,11 +58,13 @@ def _fits_conv(
 
 
 @lowers(ops.gated_rmsnorm, "triton", available=on_gpu, accepts=_fits_norm, batch_invariant=True)
+@opaque
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
     return triton_launch.gated_rmsnorm(o, z, weight, eps=eps, activation=activation)
 
 
 @lowers(ops.causal_conv1d, "triton", available=on_gpu, accepts=_fits_conv, batch_invariant=True)
+@opaque
 def causal_conv1d(
     qkv: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, seq: Seq, *, activation: str, conv_layout: str
 ) -> Tensor:
@@ -105,6 +108,7 @@ def _fits_step(
 
 
 @lowers(ops.gdn_step, "triton", available=on_gpu, accepts=_fits_step, batch_invariant=True)
+@opaque
 def gdn_step(
     qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,
     state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, seq: Seq, *, activation: str,  # noqa: N803
@@ -133,6 +137,7 @@ def _fits_rule(
     return None
 
 
+@opaque
 def _rule_by_heads(
     q: Tensor,
     k: Tensor,
@@ -154,6 +159,7 @@ def _rule_by_heads(
 
 
 @lowers(ops.gated_delta_rule, "triton", available=on_gpu, accepts=_fits_rule, batch_invariant=_rule_by_heads)
+@opaque
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -178,6 +184,7 @@ def _fits_l2norm(x: Any, *, eps: float) -> str | None:
 
 
 @lowers(ops.l2norm, "triton", available=on_gpu, accepts=_fits_l2norm, batch_invariant=True)
+@opaque
 def l2norm(x: Tensor, *, eps: float) -> Tensor:
     return triton_step.l2norm(x, eps=eps)
 
@@ -187,6 +194,7 @@ def _fits_gate(a: Any, b: Any, A_log: Any, dt_bias: Any, *, allow_neg_eigval: bo
 
 
 @lowers(ops.gdn_gate, "triton", available=on_gpu, accepts=_fits_gate, batch_invariant=True)
+@opaque
 def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_eigval: bool) -> tuple[Tensor, Tensor]:  # noqa: N803
     return triton_step.gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
 
@@ -203,6 +211,7 @@ def _fits_prep(
 
 
 @lowers(ops.conv_prep, "triton", available=on_gpu, accepts=_fits_prep, batch_invariant=True)
+@opaque
 def conv_prep(
     qkv: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, A_log: Tensor,  # noqa: N803
     dt_bias: Tensor, seq: Seq, *, activation: str, conv_layout: str, heads: ops.Heads, eps: float, allow_neg_eigval: bool,

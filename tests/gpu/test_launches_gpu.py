@@ -18,6 +18,7 @@ import triton_cases as base
 import triton_cases_gluon as gluon
 from triton_cases import HOPPER, ON_GPU
 
+import gdnir
 import gdnir.kernels
 from gdnir.lowering import triton_launch, triton_rule, triton_step
 
@@ -204,3 +205,22 @@ def test_launches_again_give_the_bits_of_triton_s(built, monkeypatch):
     theirs = run()
     for one in ours:
         assert all(map(torch.equal, one, theirs))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_layer_under_torch_compile_has_the_same_bits(phase):
+    config = gdnir.models.config("qwen3-next-80b-a3b")
+    plan = gdnir.Plan(gdnir.lower(gdnir.models.trace(config, phase=phase)), gdnir.models.random_weights(config))
+    seq = (
+        gdnir.Seq.prefill([70, 5], slots=[0, 1], device="cuda")
+        if phase == "prefill"
+        else gdnir.Seq.decode([1, 0], device="cuda")
+    )
+    mine, theirs = (gdnir.StatePool(config, slots=2, layers=[0], device="cuda").layer(0) for _ in range(2))
+    x = randn(seq.num_tokens, 2048)
+    with torch.no_grad():
+        want = plan(x, mine, seq)
+        got = torch.compile(plan, backend="aot_eager")(x, theirs, seq)
+    assert torch.equal(got, want)
+    assert torch.equal(theirs.ssm, mine.ssm)
+    assert torch.equal(theirs.conv, mine.conv)
