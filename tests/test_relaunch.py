@@ -262,6 +262,18 @@ def test_hooks_are_called(both):
     assert [spared for _, spared in both] == [False, False, True]
 
 
+def test_a_hook_in_the_place_of_triton_s_is_called(both, monkeypatch):
+    aot.launch_norm(torch.bfloat16)
+    seen = []
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.knobs.runtime, name, lambda metadata: seen.append(metadata.get()["name"]))
+            aot.launch_norm(torch.bfloat16, tokens=9)
+    aot.launch_norm(torch.bfloat16, tokens=9)
+    assert seen == ["gated_rmsnorm_kernel"] * 4  # by both
+    assert [spared for _, spared in both] == [False, False, False, True]
+
+
 # ---- a Triton whose launcher is not one of those that are known ----
 
 

@@ -18,7 +18,7 @@ from gdnir.lowering.descriptors import encode
 from gdnir.lowering.direct import Again, direct
 
 MOST = 1024
-"""Constants of one kernel, and keys of one kind, that are remembered; then all are forgotten, and Triton asked again."""
+"""Kernels with their constants, and keys of one, that are remembered; then all are forgotten, and Triton asked again."""
 
 _launchers: dict[tuple[int, int], tuple[Any, dict[str, Any], Callable[..., None]]] = {}
 
@@ -76,6 +76,10 @@ class Relaunch:
         from triton.runtime import driver
 
         self.kernel, self.constants, self.runtime = kernel, constants, knobs.runtime
+        # Whoever wants to know of launches adds to one of these, or puts something else in the place of enter or leave.
+        self.enter, self.leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        self.entering, self.leaving = (getattr(hook, "calls", hook) for hook in (self.enter, self.leave))
+        self.before = kernel.pre_run_hooks
         self.tail = tuple([constants[p.name] for p in kernel.params[len(args) :]])
         self.known: dict[Any, Again | None] = {}  # None: Triton launches it
         self.current_device = driver.active.get_current_device
@@ -83,11 +87,6 @@ class Relaunch:
             self.current_device = torch._C._cuda_getDevice
         self.current_stream = driver.active.get_current_stream
         self.launch = _written(self, args)
-
-    def watched(self) -> bool:
-        """Whether somebody wants to know of launches."""
-        enter, leave = self.runtime.launch_enter_hook, self.runtime.launch_exit_hook
-        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self.kernel.pre_run_hooks)
 
     def anew(self, programs: int, args: Sequence[Any], device: int, key: Any) -> None:
         """By Triton. On another device than the current one: the same there, and on none, a CPU's, Triton says what is wrong."""
@@ -101,6 +100,12 @@ class Relaunch:
             if len(self.known) >= MOST:
                 self.known.clear()
             self.known[key] = direct(compiled, (*args, *self.tail))
+
+
+_WATCHED = (
+    "entering or leaving or before or runtime.launch_enter_hook is not enter or runtime.launch_exit_hook is not leave"
+)
+"""Whether somebody wants to know of launches."""
 
 
 def _written(to: Relaunch, args: Sequence[Any]) -> Callable[..., None]:
@@ -138,13 +143,12 @@ def _written(to: Relaunch, args: Sequence[Any]) -> Callable[..., None]:
         f"    device = {device}\n"
         f"    key = device, {', '.join(key)}\n"
         f"    again = known.get(key)\n"
-        f"    if again is None or device != current_device() or watched():\n"
+        f"    if again is None or device != current_device() or {_WATCHED}:\n"
         f"        anew(programs, ({names},), device, key)\n"
         f"    else:\n"
         f"        again(programs, current_stream(device), ({', '.join(values)}, *tail))\n"
     )
-    uses = ("known", "current_device", "current_stream", "watched", "anew", "tail")
-    scope: dict[str, Any] = {"encode": encode, **{name: getattr(to, name) for name in uses}}
+    scope: dict[str, Any] = {"encode": encode, "anew": to.anew, **vars(to)}
     exec(compile(source, "<launch>", "exec"), scope)  # noqa: S102 - built above, of our own names only
     launch: Callable[..., None] = scope["launch"]
     return launch
