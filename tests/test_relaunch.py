@@ -23,7 +23,7 @@ from cuda_stand_in import cuda_stand_in  # noqa: E402
 
 from gdnir.lowering import descriptors, gluon_rule, relaunch, triton_launch, triton_rule, triton_step  # noqa: E402
 from gdnir.lowering.direct import direct  # noqa: E402
-from gdnir.lowering.relaunch import Relaunch, _splitter, launch  # noqa: E402
+from gdnir.lowering.relaunch import Relaunch, launch  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["sliced"])
@@ -43,35 +43,53 @@ class Driver:
 
 
 @pytest.fixture
-def binder(monkeypatch):
+def driver(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+
+
+@pytest.fixture
+def binder(driver):
     return kernel_.create_binder()[-1]
+
+
+def splitter(args):
+    """A function of arguments like these: (key, what C takes), as a launch has them."""
+    seen, relaunch_ = [], Relaunch(kernel_, args, {"BLOCK": 32, "FLAG": True})
+    known = types.SimpleNamespace(get=lambda key: seen.append(key) or (lambda *launched: seen.append(launched[-1])))
+    relaunch_.launch.__globals__.update(known=known, current_device=lambda: -1)
+
+    def split(*args):
+        seen.clear()
+        relaunch_.launch(1, *args)
+        return seen
+
+    return split
 
 
 FLAT = torch.empty(64)
 POINTERS = (FLAT, FLAT[1:], FLAT[4:], FLAT.half(), FLAT.bfloat16())
-INTS = (0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**32, 2**40 + 1, -1, -16, -(2**31), -(2**31) - 1)
+INTS = (0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**32, 2**40 + 1, 2**63, -1, -16, -(2**31), -(2**31) - 1)
 
 
 def test_what_triton_tells_apart_has_another_key(binder):
     seen = {}
     for bias in (None, FLAT):
-        split = _splitter(kernel_.params, (FLAT, FLAT, bias, 3, 3, 0.5), ("tail",))
+        split = splitter((FLAT, FLAT, bias, 3, 3, 0.5))
         for x, sliced, shift in itertools.product(POINTERS, POINTERS, (0, 1, 4)):
             third = None if bias is None else bias[shift:]
             for count, stride in itertools.product(INTS, INTS[:8]):
                 args = x, sliced, third, count, stride, 0.5
-                _, key, values = split(*args)
+                key, values = split(*args)
                 addresses = [v if v is None else v.data_ptr() for v in args[:3]]
-                assert values == (*addresses, count, stride, 0.5, "tail")
+                assert values == (*addresses, count, stride, 0.5, 32, True)
                 theirs = str(binder(*args, BLOCK=32, FLAG=True, num_warps=4)[1])
                 assert seen.setdefault((bias is None, key), theirs) == theirs
     assert len(set(seen.values())) > 250
 
 
-def test_another_type_of_number_or_a_tensor_for_none_has_another_key():
-    split = _splitter(kernel_.params, (FLAT, FLAT, None, 3, 3, 0.5), ())
-    keys = {split(FLAT, FLAT, *rest)[1] for rest in ((None, 3, 3, 0.5), (None, 3, 3, 1), (FLAT, 3, 3, 0.5))}
+def test_another_type_of_number_or_a_tensor_for_none_has_another_key(driver):
+    split = splitter((FLAT, FLAT, None, 3, 3, 0.5))
+    keys = {split(FLAT, FLAT, *rest)[0] for rest in ((None, 3, 3, 0.5), (None, 3, 3, 1), (FLAT, 3, 3, 0.5))}
     assert len(keys) == 3
 
 
@@ -86,7 +104,7 @@ def test_another_type_of_number_or_a_tensor_for_none_has_another_key():
 )
 def test_arguments_that_are_missing_or_unknown(binder, args, constants, error):
     with pytest.raises(error):
-        Relaunch(kernel_)(1, args, constants)
+        Relaunch(kernel_, args, constants)
 
 
 def test_without_a_gpu_triton_launches():
@@ -208,13 +226,13 @@ def test_a_descriptor_is_encoded_once(cuda, monkeypatch):
     relaunch._launchers.clear()
     kept = torch.empty(10**7, dtype=torch.uint8)  # the same memory for each call, as an allocator gives it
 
-    def empty(shape, *, dtype, device):
+    def new_empty(x, *shape, dtype=None):
+        dtype = dtype or x.dtype
         first, size = used[0], torch.Size(shape).numel() * dtype.itemsize
         used[0] += -(-size // 256) * 256
         return kept[first : first + size].view(dtype).view(shape)
 
-    fake = types.SimpleNamespace(empty=empty, float32=torch.float32, float16=torch.float16)
-    monkeypatch.setattr(gluon_rule, "torch", fake)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     seq = gluon.make_seq(case := gluon.Case("", gluon.cont(200, 3), heads=(1, 2)), "cpu")
     inputs, _, _ = gluon.make_inputs(case, seq, "cpu")
     state, counts = torch.empty(8, 2, 128, 128), []
@@ -242,6 +260,18 @@ def test_hooks_are_called(both):
     aot.launch_norm(torch.bfloat16, tokens=9)
     assert seen == ["gated_rmsnorm_kernel"] * 2  # by both
     assert [spared for _, spared in both] == [False, False, True]
+
+
+def test_a_hook_in_the_place_of_triton_s_is_called(both, monkeypatch):
+    aot.launch_norm(torch.bfloat16)
+    seen = []
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.knobs.runtime, name, lambda metadata: seen.append(metadata.get()["name"]))
+            aot.launch_norm(torch.bfloat16, tokens=9)
+    aot.launch_norm(torch.bfloat16, tokens=9)
+    assert seen == ["gated_rmsnorm_kernel"] * 4  # by both
+    assert [spared for _, spared in both] == [False, False, False, True]
 
 
 # ---- a Triton whose launcher is not one of those that are known ----
@@ -307,22 +337,26 @@ def test_then_every_launch_is_triton_s(both, monkeypatch):
 # ---- descriptors ----
 
 
-def test_descriptors_know_an_address_and_are_bounded(monkeypatch):
+def test_descriptors_know_an_address_and_what_tma_cannot_read():
     pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
-    monkeypatch.setattr(descriptors, "MOST", 2)
-    monkeypatch.setattr(descriptors, "_made", {})
     tile = gluon_rule._kernels()[3]
 
-    def make(pointer, rows=64):
-        return descriptors.describe(pointer, torch.bfloat16, (rows, 128), (128, 1), tile)
+    def make(pointer, *shape, strides=(128, 1)):
+        return descriptors.describe(pointer, torch.bfloat16, shape, strides, tile)
 
-    assert make(4096) is make(4096)
-    assert make(4096) is not make(4096, 65)
-    assert len(descriptors._made) == 2
-    assert make(8192).base.data_ptr() == 8192
-    assert len(descriptors._made) == 1
-    with pytest.raises(AssertionError):
-        make(4100)
+    assert make(4096, 64, 128) is make(4096, 64, 128)
+    assert make(4096, 64, 128) is not make(4096, 65, 128)
+    assert make(8192, 64, 128).base.data_ptr() == 8192
+    for heads, strides in ((2, (256, 128, 1)), (2, (512, 128, 1)), (1, (128, 7, 1))):
+        made = make(4096, 64, heads, 128, strides=strides)
+        assert (made.shape, made.strides) == ([64, heads * 128], [strides[0], 1])
+    assert make(4096, 1, 2, 128, strides=(3, 128, 1)).strides == [256, 1]
+    assert make(4100, 64, 128) is None
+    assert make(4096, 0, 128) is None
+    assert make(4096, 64, 128, strides=(132, 1)) is None
+    assert make(4096, 64, 128, strides=(1, 64)) is None
+    for strides in ((128, 128, 1), (512, 256, 1), (256, 128, 2), (260, 128, 1)):
+        assert make(4096, 64, 2, 128, strides=strides) is None
 
 
 def test_kernels_that_want_another_encoding_do_not_agree():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import types
 
-import pytest
 import torch
-from triton_cases import CANARY, NAN, SeqLike, bits, make_seq, owned_tokens
+from triton_cases import NAN, SeqLike, bits, make_seq, owned_tokens, poisoned
 
 from gdnir import oracle_ops
 from gdnir.lowering import triton_rule
@@ -157,27 +154,6 @@ def make_pool(case, seq, dtype, device, gen):
         if has and 0 <= slot < case.slots:
             view[slot] = torch.randn(view[slot].shape, generator=gen).to(view)
     return storage, view
-
-
-@contextlib.contextmanager
-def poisoned():
-    """torch.empty of the launcher gives NaN, with a border that must survive: the output and the workspaces."""
-    buffers = []
-
-    def empty(shape, *, dtype, device):
-        numel = torch.Size(shape).numel()
-        buffer = torch.full((numel + 2 * CANARY,), NAN, dtype=dtype, device=device)
-        buffer[:CANARY] = buffer[CANARY + numel :] = 7.0
-        buffers.append(buffer)
-        return buffer[CANARY : CANARY + numel].view(shape)
-
-    fake = types.SimpleNamespace(empty=empty, float32=torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_rule, "torch", fake)
-        yield buffers
-    for buffer in buffers:
-        borders = torch.cat([buffer[:CANARY], buffer[-CANARY:]])
-        assert (borders == 7).all(), "a write outside a buffer"
 
 
 def errors(got, want):

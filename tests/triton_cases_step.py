@@ -233,7 +233,7 @@ def check_step(case, dtype, device, state_dtype=torch.float32):
     given = make_step(case, dtype, device, state_dtype)
     want, conv, state = oracle_step(given, given.judge)
     before = [s.clone() for s in given.storages]
-    with base.poisoned(triton_step):
+    with base.poisoned():
         y = run_step(given)
         assert y.is_contiguous()
         assert (y.dtype, y.shape) == (dtype, want.shape)
@@ -287,7 +287,7 @@ def check_step_malformed(cu_seqlens, phase, dtype, device):
     conv = torch.full((size + 2, c, 3), 7.0, dtype=dtype, device=device)
     state = torch.full((size + 2, hv, v, k), 7.0, device=device)
     ones = {"dtype": dtype, "device": device}
-    with base.poisoned(triton_step):
+    with base.poisoned():
         y = triton_step.gdn_step(
             torch.ones(tokens, c, **ones), torch.ones(tokens, hv, v, **ones), torch.ones(tokens, hv, **ones),
             torch.ones(tokens, hv, **ones), torch.ones(c, 4, **ones), None, conv[1:-1], state[1:-1],
@@ -344,7 +344,7 @@ def check_rule(case, dtype, device, state_dtype=torch.float32):
     before, new = storage.clone(), state.double()
     options = {"scale": k**-0.5, "state_layout": case.state_layout}
     want = oracle_ops.gated_delta_rule(q, key, value, g, beta, new, judge, **options)
-    with base.poisoned(triton_step):
+    with base.poisoned():
         o = triton_step.delta_rule_step(q, key, value, g, beta, state, seq, **options)
         assert o.is_contiguous()
         assert (o.dtype, o.shape) == (dtype, value.shape)
@@ -367,7 +367,7 @@ def check_l2norm(shape, memory, dtype, device):
     if x.numel():
         x[0] = 0  # eps keeps it finite
     want = oracle_ops.l2norm(x, eps=1e-6)
-    with base.poisoned(triton_step):
+    with base.poisoned():
         y = triton_step.l2norm(x, eps=1e-6)
         assert y.is_contiguous()
         assert (y.dtype, y.shape) == (dtype, x.shape)
@@ -382,7 +382,7 @@ def check_gate(tokens, heads, neg, dtype, device):
     b, a = merged.split([heads, heads], 1)
     rate, shift = torch.randn(2, heads, generator=gen).to(device)
     want = oracle_ops.gdn_gate(a, b, rate, shift, allow_neg_eigval=neg)
-    with base.poisoned(triton_step):
+    with base.poisoned():
         got = triton_step.gdn_gate(a, b, rate, shift, allow_neg_eigval=neg)
         for mine, exact in zip(got, want, strict=True):
             assert (mine.dtype, mine.shape) == (torch.float32, a.shape)

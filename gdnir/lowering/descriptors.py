@@ -6,15 +6,12 @@ what is kept cannot become wrong. It keeps no memory alive: a descriptor knows t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-MOST = 4096
-"""Descriptors kept; then all are forgotten. A layer takes 6, and an allocator gives the same addresses again."""
-
-_made: dict[Any, Any] = {}
 _ways: dict[Any, tuple[Any, Callable[[Any, Any], list[Any]]]] = {}
 
 
@@ -35,25 +32,25 @@ class _Address:
         return self.pointer
 
 
+@functools.lru_cache(maxsize=4096)  # a layer takes 6, and an allocator gives the same addresses again
 def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: Box) -> Any:
-    """Gluon's TensorDescriptor of the memory at `pointer`, strides in elements, which the caller keeps until it is launched with.
+    """Gluon's TensorDescriptor of the memory at `pointer`, which the caller keeps until it is launched with; None if TMA cannot
+    read it: it is not empty, all begins at multiples of 16 bytes. Strides are in elements. [T, H, K] is a matrix [T, H K].
 
-    `kind` is equal for those that kernels are compiled for alike; `encoded` is for `encode`. Raises AssertionError for what TMA
-    cannot read.
+    `kind` is equal for those that kernels are compiled for alike; `encoded` is for `encode`.
     """
-    key = pointer, dtype, shape, strides, box
-    found = _made.get(key)
-    return _make(*key) if found is None else found
-
-
-def _make(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: Box) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    made = TensorDescriptor(_Address(pointer, dtype), list(shape), list(strides), box.shape, box.layout)
+    sizes, steps = list(shape), list(strides)
+    if len(shape) == 3:
+        (rows, heads, width), (row, head, unit) = shape, strides
+        sizes, steps = [rows, heads * width], [row if rows > 1 else heads * width, unit]
+        if (head != width and heads > 1) or steps[0] < sizes[1]:
+            return None
+    if 0 in sizes or steps[-1] != 1 or pointer % 16 or any(step * dtype.itemsize % 16 for step in steps[:-1]):
+        return None
+    made = TensorDescriptor(_Address(pointer, dtype), sizes, steps, box.shape, box.layout)
     made.kind, made.encoded = (dtype, box), None
-    if len(_made) >= MOST:
-        _made.clear()
-    _made[pointer, dtype, shape, strides, box] = made
     return made
 
 

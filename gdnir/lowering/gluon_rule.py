@@ -15,7 +15,7 @@ from gdnir.errors import ShapeError
 from gdnir.lowering import tables
 from gdnir.lowering.descriptors import Box, describe
 from gdnir.lowering.relaunch import launch
-from gdnir.lowering.triton_launch import _strides, _unit_last
+from gdnir.lowering.triton_launch import _strides
 from gdnir.platforms import PLATFORMS, copy_bandwidth
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def delta_rule_prefill(
     """
     (tokens, heads, _), key_heads = v.shape, k.shape[1]
     dtype, device, count = v.dtype, v.device, seq.num_seqs
-    o = torch.empty((tokens, heads, HEAD), dtype=dtype, device=device)
+    o = v.new_empty(tokens, heads, HEAD)
     if count == 0 or heads == 0:
         return o.zero_()  # no row owns a token
     numbers = tokens // CHUNK + count
@@ -82,31 +82,31 @@ def delta_rule_prefill(
             hint="Cut the batch, or take provider triton.",
         )
     prep, segments, kernels, tile, wide, line = _kernels()
-    q, q_tiles = _tiles(q, tokens, key_heads, tile)
-    k, k_tiles = _tiles(k, tokens, key_heads, tile)
-    v, v_tiles = _tiles(v, tokens, heads, tile)
-    written, o_tiles = _tiles(o, tokens, heads, tile)
+    q, q_tiles = _tiles(q, dtype, (tokens, key_heads, HEAD), tile)
+    k, k_tiles = _tiles(k, dtype, (tokens, key_heads, HEAD), tile)
+    v, v_tiles = _tiles(v, dtype, (tokens, heads, HEAD), tile)
+    written, o_tiles = _tiles(o, dtype, (tokens, heads, HEAD), tile)
     # The sums of the gates, and behind them T, in v's type: one allocation takes a host less time than two.
     rows = numbers * heads * CHUNK
-    gates = torch.empty(((4 + CHUNK // 2) * rows,), dtype=torch.float32, device=device)
+    gates = g.new_empty((4 + CHUNK // 2) * rows)
     address = gates.data_ptr()
     gate_lines = describe(address, torch.float32, (4 * rows,), (1,), line)
     t_tiles = describe(address + 16 * rows, dtype, (rows, CHUNK), (CHUNK, 1), tile)
     cu_seqlens, read_slots, has_state = (
-        _unit_last(seq.cu_seqlens),
-        _unit_last(seq.read_slots),
-        _unit_last(seq.has_state),
+        seq.cu_seqlens.contiguous(),
+        seq.read_slots.contiguous(),
+        seq.has_state.contiguous(),
     )
     write_slots, longest = seq.write_slots, seq.max_len
     pool, write_stride = state.shape[0], write_slots.stride()[0]
     s_stride, h_stride, v_stride, k_stride = state.stride()
-    shared = _shared_heads(numbers * heads, heads // key_heads, _facts(device)[0])
+    shared = _shared_heads(numbers * heads, heads // key_heads, device)
     launch(
         prep.delta_rule_gluon_prep_kernel,
         (numbers + 1) * heads // shared,
         (
             k_tiles, t_tiles, g, beta, gates, o, cu_seqlens, read_slots, write_slots, seq.error, tokens, count, pool,
-            *_strides(g), *_strides(beta), write_stride,
+            *_strides(g, tokens), *_strides(beta, tokens), write_stride,
         ),
         _prep_constants(key_heads, heads, shared),
     )  # fmt: skip
@@ -114,8 +114,8 @@ def delta_rule_prefill(
     starts = gates  # not looked at
     sizes = tokens, count, pool, slots, segment
     if slots:
-        starts = torch.empty((2 * slots, heads, HEAD, HEAD), dtype=torch.float32, device=device)
-        steps = torch.empty((slots, heads, HEAD, HEAD), dtype=torch.float16, device=device)
+        starts = g.new_empty(2 * slots, heads, HEAD, HEAD)
+        steps = g.new_empty(slots, heads, HEAD, HEAD, dtype=torch.float16)
         lines = slots * heads * HEAD
         start_tiles = describe(starts.data_ptr(), torch.float32, (2 * lines, HEAD), (HEAD, 1), wide)
         step_tiles = describe(steps.data_ptr(), torch.float16, (lines, HEAD), (HEAD, 1), tile)
@@ -158,17 +158,14 @@ def _kernels() -> tuple[Any, Any, Any, Box, Box, Box]:
     return delta_rule_gluon_prep, delta_rule_gluon_segments, delta_rule_gluon, tile, wide, line
 
 
-def _tiles(x: Tensor, tokens: int, heads: int, box: Box) -> tuple[Tensor, Any]:
-    """x [T, heads, 128] and its descriptor as a matrix. A copy if TMA cannot read x: it is not empty, its rows begin at multiples
-    of 16 bytes, heads side by side. What is returned must live until it is launched with."""
-    row, head, unit = x.stride()
-    width, address = heads * HEAD, x.data_ptr()
-    if tokens < 2:
-        row = width
-    if unit != 1 or (head != HEAD and heads > 1) or row < width or row % 8 or address % 16 or not tokens:
-        x, row = x.clone(memory_format=torch.contiguous_format) if tokens else x.new_empty(1, heads, HEAD), width
-        address = x.data_ptr()
-    return x, describe(address, x.dtype, (tokens or 1, width), (row, 1), box)
+def _tiles(x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], box: Box) -> tuple[Tensor, Any]:
+    """x of this dtype and shape and its descriptor as a matrix; a copy if TMA cannot read x. What is returned must live until it
+    is launched with."""
+    tiles = describe(x.data_ptr(), dtype, shape, x.stride(), box)
+    if tiles is None:
+        x = x.clone(memory_format=torch.contiguous_format) if shape[0] else x.new_empty(1, *shape[1:])
+        tiles = describe(x.data_ptr(), dtype, (shape[0] or 1, *shape[1:]), x.stride(), box)
+    return x, tiles
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,8 +209,9 @@ def _cut(
 
 
 @functools.lru_cache(maxsize=1024)
-def _shared_heads(tiles: int, group: int, cores: int) -> int:
+def _shared_heads(tiles: int, group: int, device: torch.device) -> int:
     """Value heads for which one program of `prep` takes a chunk's keys: all of the key head's, as long as all cores have work."""
+    cores, _ = _facts(device)
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))
 
 

@@ -26,15 +26,16 @@ def _wide(x: Tensor) -> Tensor:
 @lowers(ops.in_proj, NATIVE)
 def in_proj(x: Tensor, w_qkvz: Tensor, w_ba: Tensor, *, heads: ops.Heads) -> tuple[Tensor, ...]:
     h, hv, k, v = heads
-    qkv, z = F.linear(x, w_qkvz).split([2 * h * k + hv * v, hv * v], dim=-1)
-    b, a = F.linear(x, w_ba).split([hv, hv], dim=-1)
+    qkv, z = F.linear(x, w_qkvz).split_with_sizes([2 * h * k + hv * v, hv * v], dim=-1)
+    b, a = F.linear(x, w_ba).split_with_sizes([hv, hv], dim=-1)
     return qkv, z.unflatten(-1, (hv, v)), b, a
 
 
 @lowers(ops.in_proj_merged, NATIVE)
 def in_proj_merged(x: Tensor, weight: Tensor, *, heads: ops.Heads) -> tuple[Tensor, ...]:
     h, hv, k, v = heads
-    qkv, z, b, a = F.linear(x, weight).split([2 * h * k + hv * v, hv * v, hv, hv], dim=-1)
+    # split takes a host twice as long: it is Python, and asks first whether sizes were given
+    qkv, z, b, a = F.linear(x, weight).split_with_sizes([2 * h * k + hv * v, hv * v, hv, hv], dim=-1)
     return qkv, z.unflatten(-1, (hv, v)), b, a
 
 

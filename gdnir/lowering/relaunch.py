@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from gdnir.lowering.descriptors import encode
 from gdnir.lowering.direct import Again, direct
 
 MOST = 1024
-"""Constants of one kernel, and keys of one kind, that are remembered; then all are forgotten, and Triton asked again."""
+"""Kernels with their constants, and keys of one, that are remembered; then all are forgotten, and Triton asked again."""
 
-_launchers: dict[int, tuple[Any, Callable[[int, Sequence[Any], dict[str, Any]], None]]] = {}
+_launchers: dict[tuple[int, int], tuple[Any, dict[str, Any], Callable[..., None]]] = {}
 
 
 def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
@@ -29,25 +29,27 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str,
     `args` are the kernel's first arguments, all that are not constexpr. `constants` are the others, and options, in a dict that
     the caller keeps and never changes: it is known by its identity. Launches with the same one have tensors, and None, in the
     same places. Only what CUDA runs is relaunched: interpreted kernels, those on ROCm (where Triton also looks at the sizes of
-    tensors), under torch.compile, which knows Triton's kernels, and all while a profiler hooks into launches are launched by
-    Triton. Raises KeyError or TypeError for arguments that are missing or of an unknown type.
+    tensors), and all while a profiler hooks into launches are launched by Triton. Raises KeyError or TypeError for arguments that
+    are missing or of an unknown type.
     """
-    if torch.compiler.is_compiling():
-        kernel[(programs,)](*args, **constants)
-        return
-    found = _launchers.get(id(kernel))
+    names = id(kernel), id(constants)
+    found = _launchers.get(names)
     if found is None:
-        found = _launchers[id(kernel)] = kernel, _launcher(kernel)  # the kernel too, or another one might get its id
-    found[1](programs, args, constants)
+        if len(_launchers) >= MOST:
+            _launchers.clear()
+        # the kernel and the constants too, or others might get their ids
+        found = _launchers[names] = kernel, constants, _launcher(kernel, args, constants)
+    found[2](programs, *args)
 
 
-def _launcher(kernel: Any) -> Callable[[int, Sequence[Any], dict[str, Any]], None]:
+def _launcher(kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> Callable[..., None]:
+    """A function of the programs and arguments like `args`."""
     from triton.runtime.jit import JITFunction
 
     if isinstance(kernel, JITFunction) and torch.version.hip is None and torch.cuda.is_available():
-        return Relaunch(kernel)
+        return Relaunch(kernel, args, constants).launch
 
-    def plainly(programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    def plainly(programs: int, *args: Any) -> None:
         with _on(args):
             kernel[(programs,)](*args, **constants)
 
@@ -64,64 +66,53 @@ def _on(args: Sequence[Any]) -> AbstractContextManager[Any]:
 
 
 class Relaunch:
-    """A kernel, and what Triton has shown of it."""
+    """A kernel with some constants, and what Triton has shown of it by `known` keys."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:
         from triton import knobs
         from triton.runtime import driver
 
-        self.kernel, self.knobs = kernel, knobs.runtime
-        self.kinds: dict[int, _Kind] = {}
+        self.kernel, self.constants, self.runtime = kernel, constants, knobs.runtime
+        # Whoever wants to know of launches adds to one of these, or puts something else in the place of enter or leave.
+        self.enter, self.leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        self.entering, self.leaving = (getattr(hook, "calls", hook) for hook in (self.enter, self.leave))
+        self.before = kernel.pre_run_hooks
+        self.tail = tuple([constants[p.name] for p in kernel.params[len(args) :]])
+        self.known: dict[Any, Again | None] = {}  # None: Triton launches it
         self.current_device = driver.active.get_current_device
+        if self.current_device is torch.cuda.current_device:  # which first asks whether CUDA is initialised
+            self.current_device = torch._C._cuda_getDevice
         self.current_stream = driver.active.get_current_stream
+        self.launch = _written(self, args)
 
-    def __call__(self, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
-        kind = self.kinds.get(id(constants)) or self.kind(args, constants)
-        device, key, values = kind.split(*args)
-        if device != self.current_device():
-            if device < 0:  # on the CPU: Triton says what is wrong with it
-                self.kernel[(programs,)](*args, **constants)
-                return
+    def anew(self, programs: int, args: Sequence[Any], device: int, key: Any) -> None:
+        """By Triton. On another device than the current one: the same there, and on none, a CPU's, Triton says what is wrong."""
+        elsewhere = device != self.current_device()
+        if elsewhere and device >= 0:
             with _on(args):
-                self(programs, args, constants)
-        elif (again := kind.known.get(key)) is not None and not self.watched():
-            again(programs, self.current_stream(device), values)
-        else:
-            compiled = self.kernel[(programs,)](*args, **constants)
-            if key not in kind.known:
-                if len(kind.known) >= MOST:
-                    kind.known.clear()
-                kind.known[key] = direct(compiled, (*args, *kind.tail))
-
-    def watched(self) -> bool:
-        """Whether somebody wants to know of launches."""
-        enter, leave = self.knobs.launch_enter_hook, self.knobs.launch_exit_hook
-        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self.kernel.pre_run_hooks)
-
-    def kind(self, args: Sequence[Any], constants: dict[str, Any]) -> _Kind:
-        """What launches with these constants have in common, remembered."""
-        if len(self.kinds) >= MOST:
-            self.kinds.clear()
-        params = self.kernel.params
-        tail = tuple([constants[p.name] for p in params[len(args) :]])
-        found = self.kinds[id(constants)] = _Kind(_splitter(params, args, tail), {}, constants, tail)
-        return found
+                self.launch(programs, *args)
+            return
+        compiled = self.kernel[(programs,)](*args, **self.constants)
+        if key not in self.known and not elsewhere:
+            if len(self.known) >= MOST:
+                self.known.clear()
+            self.known[key] = direct(compiled, (*args, *self.tail))
 
 
-class _Kind(NamedTuple):
-    split: Callable[..., tuple[int, Any, tuple[Any, ...]]]
-    known: dict[Any, Again | None]  # None: Triton launches it
-    constants: dict[str, Any]  # kept, or others might get its id
-    tail: tuple[Any, ...]  # the constexpr arguments
+_WATCHED = (
+    "entering or leaving or before or runtime.launch_enter_hook is not enter or runtime.launch_exit_hook is not leave"
+)
+"""Whether somebody wants to know of launches."""
 
 
-def _splitter(params: Sequence[Any], args: Sequence[Any], tail: tuple[Any, ...]) -> Callable[..., Any]:
-    """A function of arguments like these: (device, key, what C takes). With equal keys Triton takes the same compiled kernel.
+def _written(to: Relaunch, args: Sequence[Any]) -> Callable[..., None]:
+    """A function of the programs and arguments like `args`: it launches what is known under their key, with what C takes. With
+    equal keys Triton takes the same compiled kernel.
 
     Its text is written here, as Triton writes its binder: a loop over 40 arguments takes as long as that.
     """
     device, key, values = "", [], []
-    for i, (x, p) in enumerate(zip(args, params, strict=False)):
+    for i, (x, p) in enumerate(zip(args, to.kernel.params, strict=False)):
         a = value = f"a{i}"
         if p.is_constexpr:
             raise TypeError(f"{p.name} is constexpr, and belongs to the constants")
@@ -134,7 +125,7 @@ def _splitter(params: Sequence[Any], args: Sequence[Any], tail: tuple[Any, ...])
             key.append(f"{a}.kind")
         elif type(x) is int:
             # Triton asks for 1 and multiples of 16. What it asks that of is strides: their values are as few.
-            key.append(f"-0x80000000 <= {a} < 0x80000000" if p.do_not_specialize else a)
+            key.append(f"{a} >> 31" if p.do_not_specialize else a)
         elif x is None:
             key.append(f"{a} is None")
         elif type(x) is float:
@@ -142,13 +133,19 @@ def _splitter(params: Sequence[Any], args: Sequence[Any], tail: tuple[Any, ...])
         else:
             raise TypeError(f"{p.name} is a {type(x).__name__}")
         values.append(value)
-    names = [f"a{i}" for i in range(len(args))]
-    addresses = [f"    {value} = a{value[1:]}.data_ptr()\n" for value in values if value[0] == "p"]
+    names = ", ".join(f"a{i}" for i in range(len(args)))
+    addresses = "".join(f"    {value} = a{value[1:]}.data_ptr()\n" for value in values if value[0] == "p")
     source = (
-        f"def split({', '.join(names)}):\n{''.join(addresses)}    device = {device}\n"
-        f"    return device, (device, {', '.join(key)}), ({', '.join(values)}, *tail)\n"
+        f"def launch(programs, {names}):\n{addresses}"
+        f"    device = {device}\n"
+        f"    key = device, {', '.join(key)}\n"
+        f"    again = known.get(key)\n"
+        f"    if again is None or device != current_device() or {_WATCHED}:\n"
+        f"        anew(programs, ({names},), device, key)\n"
+        f"    else:\n"
+        f"        again(programs, current_stream(device), ({', '.join(values)}, *tail))\n"
     )
-    scope: dict[str, Any] = {"encode": encode, "tail": tail}
-    exec(compile(source, "<split>", "exec"), scope)  # noqa: S102 - built above, of our own names only
-    split: Callable[..., Any] = scope["split"]
-    return split
+    scope: dict[str, Any] = {"encode": encode, "anew": to.anew, **vars(to)}
+    exec(compile(source, "<launch>", "exec"), scope)  # noqa: S102 - built above, of our own names only
+    launch: Callable[..., None] = scope["launch"]
+    return launch

@@ -6,7 +6,6 @@ below) those in which it differs, each as a whole. It can only pick among the la
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -71,15 +70,19 @@ def pick(section: Section, kinds: tuple[str, ...]) -> dict[str, Any]:
     return next(section[kind] for kind in (*kinds, "default") if kind in section)
 
 
+_known: dict[torch.device, tuple[str, ...]] = {}
+
+
 def kinds(device: torch.device) -> tuple[str, ...]:
     """The names that a table may have for this GPU, closest first; on the CPU, of what Triton interprets or compiles for."""
-    return _active() if device.type == "cpu" else _of(device)
+    return _known.get(device) or _of(device)
 
 
-@functools.cache
 def _of(device: torch.device) -> tuple[str, ...]:
-    with torch.get_device_module(device).device(device):
+    if device.type == "cpu":
         return _active()
+    with torch.get_device_module(device).device(device):
+        return _known.setdefault(device, _active())
 
 
 def _active() -> tuple[str, ...]:

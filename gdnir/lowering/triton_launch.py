@@ -7,6 +7,7 @@ launch gives the same bits, and nothing is compiled again when only the batch ch
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,16 +47,14 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, *, eps: float, activatio
     "sigmoid". Returns y [T, HV, V], contiguous.
     """
     tokens, heads, width = o.shape
-    y = torch.empty((tokens, heads, width), dtype=o.dtype, device=o.device)
+    y = o.new_empty(tokens, heads, width)
     rows = tokens * heads
     if rows * width == 0:
         return y
-    from gdnir.kernels import gated_rmsnorm as kernels
-
-    (o, (o_row, o_head, _)), (z, (z_row, z_head, _)) = _strided(o), _strided(z)
+    (o, (o_row, o_head, _)), (z, (z_row, z_head, _)) = _strided(o, tokens), _strided(z, tokens)
     constants = _norm_constants(kinds(o.device), heads, width, activation)
     launch(
-        kernels.gated_rmsnorm_kernel,
+        _kernels("gated_rmsnorm").gated_rmsnorm_kernel,
         _cdiv(rows, constants["ROWS"]),
         (o, z, weight.contiguous(), y, rows, o_row, o_head, z_row, z_head, eps),
         constants,
@@ -94,13 +93,11 @@ def causal_conv1d(
     sets seq.error. Returns y [T, C], contiguous.
     """
     tokens, channels = qkv.shape
-    y = torch.empty((tokens, channels), dtype=qkv.dtype, device=qkv.device)
+    y = qkv.new_empty(tokens, channels)
     count = seq.num_seqs
     if count == 0 or channels == 0:
         return y.zero_()  # no row owns a token
-    from gdnir.kernels import causal_conv1d as kernels
-
-    (x, (row, _)), width = _strided(qkv), weight.shape[1]
+    (x, (row, _)), width, kernels = _strided(qkv, tokens), weight.shape[1], _kernels("causal_conv1d")
     pool, columns, *strides = _conv_state(conv_state, conv_layout)
     slots = seq.write_slots
     tensors = (
@@ -109,10 +106,10 @@ def causal_conv1d(
         None if bias is None else bias.contiguous(),
         conv_state,
         y,
-        _unit_last(seq.cu_seqlens),
-        _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
+        seq.cu_seqlens.contiguous(),
+        seq.read_slots.contiguous(),  # perhaps a column of the last step's write_slots
         slots,
-        _unit_last(seq.has_state),
+        seq.has_state.contiguous(),
         seq.error,
     )
     sizes = tokens, channels, count, pool, columns
@@ -174,24 +171,20 @@ def conv_prep(
     inside, rounded once. Returns q, k [T, H, K], v [T, HV, V] in qkv's dtype and g, beta [T, HV] f32, contiguous.
     """
     (h, hv, k, v), tokens, count = heads, qkv.shape[0], seq.num_seqs
-    dtype, device = qkv.dtype, qkv.device
-    qk = torch.empty((2, tokens, h, k), dtype=dtype, device=device)
-    value = torch.empty((tokens, hv, v), dtype=dtype, device=device)
-    g = torch.empty((tokens, hv), dtype=torch.float32, device=device)
-    beta = torch.empty((tokens, hv), dtype=torch.float32, device=device)
+    qk, value = qkv.new_empty(2, tokens, h, k), qkv.new_empty(tokens, hv, v)
+    g = qkv.new_empty(tokens, hv, dtype=torch.float32)
+    beta = g.new_empty(tokens, hv)
     if count == 0:  # no row owns a token, but the gates know of no rows
         from gdnir.lowering.triton_step import gdn_gate
 
         return *qk.zero_(), value.zero_(), *gdn_gate(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
-    from gdnir.kernels import conv_prep as kernels
-
-    (x, (x_row, _)), (a, (a_row, _)), (b, (b_row, _)) = _strided(qkv), _strided(a), _strided(b)
+    (x, (x_row, _)), (a, (a_row, _)), (b, (b_row, _)) = _strided(qkv, tokens), _strided(a, tokens), _strided(b, tokens)
     pool, columns, *strides = _conv_state(conv_state, conv_layout)
     tile, each, constants = _prep_constants(
-        kinds(device), dtype.itemsize, heads, weight.shape[1], activation, allow_neg_eigval, bias is None
+        kinds(qkv.device), qkv.element_size(), heads, weight.shape[1], activation, allow_neg_eigval, bias is None
     )
     launch(
-        kernels.conv_prep_kernel,
+        _kernels("conv_prep").conv_prep_kernel,
         (count + _cdiv(tokens, tile)) * each + _cdiv(tokens * hv, constants["BG"]),
         (
             x,
@@ -206,10 +199,10 @@ def conv_prep(
             value,
             g,
             beta,
-            _unit_last(seq.cu_seqlens),
-            _unit_last(seq.read_slots),
+            seq.cu_seqlens.contiguous(),
+            seq.read_slots.contiguous(),
             seq.write_slots,
-            _unit_last(seq.has_state),
+            seq.has_state.contiguous(),
             seq.error,
             tokens,
             count,
@@ -263,9 +256,8 @@ def _prep_constants(
 
 def _conv_state(state: Tensor, layout: str) -> tuple[int, int, int, int, int]:
     """(slots, columns, strides of slots, channels and columns) of a convolution's states."""
-    (pool, *sizes), (slot, *strides) = state.shape, state.stride()
-    c, p = (0, 1) if layout == "cw" else (1, 0)
-    return pool, sizes[p], slot, strides[c], strides[p]
+    (pool, first, second), (slot, outer, inner) = state.shape, state.stride()
+    return (pool, second, slot, outer, inner) if layout == "cw" else (pool, first, slot, inner, outer)
 
 
 def _prefill_blocks(table: dict[str, Any], element_size: int) -> dict[str, Any]:
@@ -274,20 +266,25 @@ def _prefill_blocks(table: dict[str, Any], element_size: int) -> dict[str, Any]:
     return {**{key: value for key, value in table.items() if key != "BYTES"}, "BC": channels}
 
 
-def _unit_last(x: Tensor) -> Tensor:
-    return x if x.stride()[-1] == 1 else x.contiguous()
-
-
-def _strided(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _strided(x: Tensor, tokens: int) -> tuple[Tensor, tuple[int, ...]]:
     """x with a last stride of 1, perhaps a copy, and its strides."""
-    x = _unit_last(x)
-    return x, _strides(x)
+    strides = _strides(x, tokens)
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = _strides(x, tokens)
+    return x, strides
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of x [T, ...]. With one token torch allows any first one, and an odd one would compile another kernel."""
+def _strides(x: Tensor, tokens: int) -> tuple[int, ...]:
+    """Strides of x [tokens, ...]. With one token torch allows any first one, and an odd one would compile another kernel."""
     strides: tuple[int, ...] = x.stride()
-    return strides if x.shape[0] > 1 else (x.shape[1:].numel(), *strides[1:])
+    return strides if tokens > 1 else (x.shape[1:].numel(), *strides[1:])
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """A module of kernels: an import statement takes longer than asking for one that is here."""
+    return importlib.import_module(f"gdnir.kernels.{name}")
 
 
 def _next_power_of_2(n: int) -> int:

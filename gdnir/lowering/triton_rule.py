@@ -7,13 +7,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _next_power_of_2, _strided, _strides, _unit_last
+from gdnir.lowering.triton_launch import _cdiv, _kernels, _next_power_of_2, _strided, _strides
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -61,29 +60,23 @@ def delta_rule_prefill(
     segment (0: no sequence is cut; None: as measured for the shapes). Returns o [T, HV, V], contiguous.
     """
     (tokens, key_heads, key_dim), (_, heads, value_dim), rows = q.shape, v.shape, seq.num_seqs
-    o = torch.empty((tokens, heads, value_dim), dtype=v.dtype, device=v.device)
+    o = v.new_empty(tokens, heads, value_dim)
     if rows == 0:
         return o.zero_()  # no row owns a token
-    from gdnir.kernels import delta_rule as kernels
-
-    (q, q_strides), (k, k_strides), (v, v_strides) = _strided(q), _strided(k), _strided(v)
+    kernels = _kernels("delta_rule")
+    (q, q_strides), (k, k_strides), (v, v_strides) = _strided(q, tokens), _strided(k, tokens), _strided(v, tokens)
     segment, cut_from = (segment, 4 * segment) if segment is not None else _segment(rows, heads, seq.max_len)
     numbers = tokens // (segment * CHUNK) if segment and seq.max_len > cut_from * CHUNK else 0
     segment = segment if numbers else 0
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=v.device)
-
-    solve, scores = empty(heads, tokens, CHUNK, dtype=k.dtype), empty(heads, tokens, CHUNK, dtype=k.dtype)
-    gates = empty(heads, 2, tokens, dtype=torch.float32)
-    starts = empty(numbers, heads, value_dim, key_dim, dtype=torch.float32)
-    steps = empty(numbers, heads, key_dim, key_dim, dtype=torch.float32)
+    solve, scores = k.new_empty(heads, tokens, CHUNK), k.new_empty(heads, tokens, CHUNK)
+    gates = g.new_empty(heads, 2, tokens)
+    starts, steps = g.new_empty(numbers, heads, value_dim, key_dim), g.new_empty(numbers, heads, key_dim, key_dim)
     shape = kinds(v.device), (key_heads, heads, key_dim, value_dim)
     cut = segment, cut_from if segment else 0
     constants, tiles = _rule_constants(*shape, *cut)
     slot_stride, head_stride, *last = state.stride()
     v_stride, k_stride = last if state_layout == "vk" else last[::-1]
-    read = _unit_last(seq.cu_seqlens), _unit_last(seq.read_slots)  # perhaps a column of the last step's write_slots
+    read = seq.cu_seqlens.contiguous(), seq.read_slots.contiguous()  # perhaps a column of the last step's write_slots
     sizes = tokens, rows, state.shape[0]
     key_strides = *q_strides[:2], *k_strides[:2]
     write_stride = seq.write_slots.stride()[0]
@@ -95,7 +88,8 @@ def delta_rule_prefill(
             kernels.delta_rule_prep_kernel,
             (tokens // CHUNK + rows) * (heads // prep["HEADS"]),
             (
-                q, k, g, beta, solve, scores, gates, *read, *sizes, *key_strides, *_strides(g), *_strides(beta), scale,
+                q, k, g, beta, solve, scores, gates, *read, *sizes, *key_strides, *_strides(g, tokens),
+                *_strides(beta, tokens), scale,
             ),
             prep,
         )  # fmt: skip
@@ -103,7 +97,7 @@ def delta_rule_prefill(
     launch(
         kernels.delta_rule_kernel,
         (rows * tiles + summaries) * heads,
-        (*inputs, steps, *read, seq.write_slots, _unit_last(seq.has_state), seq.error, *sizes, *strides, scale),
+        (*inputs, steps, *read, seq.write_slots, seq.has_state.contiguous(), seq.error, *sizes, *strides, scale),
         constants,
     )
     if segment:

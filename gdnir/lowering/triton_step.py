@@ -13,7 +13,7 @@ from torch import Tensor
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _conv_state, _next_power_of_2, _strided, _unit_last
+from gdnir.lowering.triton_launch import _cdiv, _conv_state, _kernels, _next_power_of_2, _strided
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -83,19 +83,17 @@ def gdn_step(
     contiguous.
     """
     (h, hv, _, v), count, tokens = heads, seq.num_seqs, z.shape[0]
-    y = torch.empty((tokens, hv, v), dtype=z.dtype, device=z.device)
+    y = z.new_empty(tokens, hv, v)
     if count == 0 or hv * v == 0:
         return y.zero_()  # no row owns a token
-    from gdnir.kernels import gdn_step as kernels
-
-    (x, (x_row, _)), (z, (z_row, z_head, _)) = _strided(qkv), _strided(z)
-    (a, (a_row, _)), (b, (b_row, _)) = _strided(a), _strided(b)
+    (x, (x_row, _)), (z, (z_row, z_head, _)) = _strided(qkv, tokens), _strided(z, tokens)
+    (a, (a_row, _)), (b, (b_row, _)) = _strided(a, tokens), _strided(b, tokens)
     conv_pool, columns, *conv_strides = _conv_state(conv_state, conv_layout)
     slot_stride, head_stride, *strides = state.stride()
     slots = seq.write_slots
     slot_row, slot_column = slots.stride()
     launch(
-        kernels.gdn_step_kernel,
+        _kernels("gdn_step").gdn_step_kernel,
         count * h,
         (
             x,
@@ -210,13 +208,11 @@ def delta_rule_step(
     nobody are exactly 0; a slot >= S sets seq.error. Returns o [T, HV, V], contiguous.
     """
     (_, h, key_dim), (tokens, hv, value_dim), count = k.shape, v.shape, seq.num_seqs
-    o = torch.empty((tokens, hv, value_dim), dtype=v.dtype, device=v.device)
+    o = v.new_empty(tokens, hv, value_dim)
     if count == 0 or hv * value_dim == 0:
         return o.zero_()  # no row owns a token
-    from gdnir.kernels import delta_rule_step as kernels
-
-    (q, (q_row, q_head, _)), (k, (k_row, k_head, _)), (v, (v_row, v_head, _)) = _strided(q), _strided(k), _strided(v)
-    (g, (g_row, _)), (beta, (beta_row, _)) = _strided(g), _strided(beta)
+    (q, (q_row, q_head, _)), (k, (k_row, k_head, _)) = _strided(q, tokens), _strided(k, tokens)
+    (v, (v_row, v_head, _)), (g, (g_row, _)), (beta, (beta_row, _)) = [_strided(x, tokens) for x in (v, g, beta)]
     slot_stride, head_stride, *strides = state.stride()
     slots = seq.write_slots
     slot_row, slot_column = slots.stride()
@@ -224,7 +220,7 @@ def delta_rule_step(
         kinds(state.device), (h, hv, key_dim, value_dim), state_layout, tuple(strides), seq.phase == "verify"
     )
     launch(
-        kernels.delta_rule_step_kernel,
+        _kernels("delta_rule_step").delta_rule_step_kernel,
         count * hv * _cdiv(value_dim, constants["BV"]),
         (
             q,
@@ -283,17 +279,16 @@ def l2norm(x: Tensor, *, eps: float) -> Tensor:
     x: [..., K], any strides for [T, H, K] (a last stride other than 1, or more dimensions, may cost a copy). Returns a
     contiguous tensor of x's shape.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(*x.shape)
     if y.numel() == 0:
         return y
-    from gdnir.kernels import l2norm as kernels
-
     width = x.shape[-1]
-    x, (row, head, _) = _strided(x if x.dim() == 3 else x.reshape(-1, 1, width))
+    x = x if x.dim() == 3 else x.reshape(-1, 1, width)
     tokens, heads, _ = x.shape
+    x, (row, head, _) = _strided(x, tokens)
     rows, constants = tokens * heads, _norm_constants(kinds(x.device), heads, width)
     args = x, y, rows, row, head, eps
-    launch(kernels.l2norm_kernel, _cdiv(rows, constants["ROWS"]), args, constants)
+    launch(_kernels("l2norm").l2norm_kernel, _cdiv(rows, constants["ROWS"]), args, constants)
     return y
 
 
@@ -306,16 +301,15 @@ def _norm_constants(kinds: tuple[str, ...], heads: int, width: int) -> dict[str,
 
 def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_eigval: bool) -> tuple[Tensor, Tensor]:  # noqa: N803
     """(g, beta) [T, HV] f32 of a, b [T, HV], any strides (a last stride other than 1 costs a copy)."""
-    g = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-    beta = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-    if g.numel() == 0:
+    tokens, heads = a.shape
+    g = a.new_empty(tokens, heads, dtype=torch.float32)
+    beta, size = g.new_empty(tokens, heads), tokens * heads
+    if size == 0:
         return g, beta
-    from gdnir.kernels import gdn_gate as kernels
-
-    (a, (a_row, _)), (b, (b_row, _)), size = _strided(a), _strided(b), g.numel()
-    constants = _gate_constants(kinds(a.device), a.shape[1], allow_neg_eigval)
+    (a, (a_row, _)), (b, (b_row, _)) = _strided(a, tokens), _strided(b, tokens)
+    constants = _gate_constants(kinds(a.device), heads, allow_neg_eigval)
     args = a, b, A_log.contiguous(), dt_bias.contiguous(), g, beta, size, a_row, b_row
-    launch(kernels.gdn_gate_kernel, _cdiv(size, constants["BLOCK"]), args, constants)
+    launch(_kernels("gdn_gate").gdn_gate_kernel, _cdiv(size, constants["BLOCK"]), args, constants)
     return g, beta
 
 
@@ -326,10 +320,10 @@ def _gate_constants(kinds: tuple[str, ...], heads: int, allow_neg_eigval: bool) 
 
 def _metadata(seq: Seq) -> tuple[Tensor, ...]:
     return (
-        _unit_last(seq.cu_seqlens),
-        _unit_last(seq.read_slots),  # perhaps a column of the last step's write_slots
+        seq.cu_seqlens.contiguous(),
+        seq.read_slots.contiguous(),  # perhaps a column of the last step's write_slots
         seq.write_slots,
-        _unit_last(seq.has_state),
+        seq.has_state.contiguous(),
         seq.error,
     )
 
