@@ -1,8 +1,10 @@
 """Runs the kernels of gdnir/kernels/*_gluon*.py on a CPU, which Triton's interpreter cannot: partitions are threads,
 barriers and TMA behave as on the device, layouts mean nothing. It shows what the kernel computes, that every barrier is
-signalled as often as it is waited for, and that nothing is read before it is there; not races that only timing decides.
+signalled as often as it is waited for, that nothing is read before it is there, and by tests/race_model.py that accesses to shared
+memory are ordered, whatever the timing.
 
     with gluon_on_cpu(seed): gluon_impl.gated_delta_rule(...)
+    with gluon_on_cpu(of="starts", fence_async_shared=lambda: None): ...  # what this kernel without fences would do
 
 Where the hardware may do something early or late, it is done as late as the kernel's waits allow: a wgmma computes when it
 is waited for, a TMA store reads shared memory when store_wait says so. Shared memory begins as NaN.
@@ -18,6 +20,7 @@ import threading
 import types
 
 import torch
+from race_model import Clock, Memory
 
 NAN = float("nan")
 local = threading.local()
@@ -53,38 +56,50 @@ def store(p, value, mask=True):
 
 
 class Shared:
-    """A tile of shared memory: `get` looks at it when it is used, not when it is named."""
+    """A tile of shared memory: `get` looks at it when it is used, not when it is named. `span`: its bytes in `memory`."""
 
-    def __init__(self, get, layout=None):
-        self.get, self.layout = get, layout
+    def __init__(self, get, memory, span, layout=None):
+        self.get, self.memory, self.span, self.layout = get, memory, span, layout
 
     @property
     def dtype(self):
         return self.get().dtype
 
+    def part(self, get, first, last, of):
+        """What `get` gives, from the first to the last of `of` equal pieces of the bytes."""
+        start, stop = self.span
+        size = (stop - start) // of
+        return Shared(get, self.memory, (start + first * size, start + last * size))
+
     def index(self, i):
-        return Shared(lambda: self.get()[int(i)])
+        i = int(i)
+        return self.part(lambda: self.get()[i], i, i + 1, len(self.get()))
 
     def slice(self, start, length, dim=0):
-        return Shared(lambda: self.get().narrow(dim, start, length))
+        get = lambda: self.get().narrow(dim, start, length)
+        return self.part(get, start, start + length, len(self.get())) if dim == 0 else self.part(get, 0, 1, 1)
 
     def permute(self, order):
-        return Shared(lambda: self.get().permute(order))
+        return self.part(lambda: self.get().permute(order), 0, 1, 1)
 
     def load(self, layout=None):
+        self.memory.read(self.span, local.clock)
         return self.get().clone()
 
     def store(self, value):
         tile = self.get()
         assert value.dtype == tile.dtype
+        self.memory.write(self.span, local.clock, proxy=False)
         tile.copy_(value)
 
     def _reinterpret(self, dtype, shape, layout):
         count, rows, columns = shape
         if columns == 64:  # tiles of other elements in the same place
-            return Shared(lambda: self.get().view(-1).view(dtype)[: count * rows * columns].view(shape))
+            get = lambda: self.get().view(-1).view(dtype)[: count * rows * columns].view(shape)
+            start, size = self.span[0], count * rows * columns * dtype.itemsize
+            return Shared(get, self.memory, (start, start + size))
         # Tiles of 64 columns lie one after the other; read only.
-        return Shared(lambda: self.get().view(count, -1, rows, 64).permute(0, 2, 1, 3).reshape(shape))
+        return self.part(lambda: self.get().view(count, -1, rows, 64).permute(0, 2, 1, 3).reshape(shape), 0, 1, 1)
 
 
 class Barrier:
@@ -93,24 +108,39 @@ class Barrier:
 
     def start(self, count):
         self.count, self.left, self.bytes, self.phase = count, count, 0, 0
+        self.known = Clock("a barrier")  # by who has arrived
+        self.phases = []  # what it knew when a phase was complete
 
-    def update(self, arrivals=0, size=0):
+    def update(self, clock, arrivals=0, size=0):
         with self.changed:
+            self.known.acquire(clock.release())
             self.left -= arrivals
             self.bytes += size
             assert self.left >= 0, "arrived more often than the barrier counts"
             if self.left == 0 and self.bytes == 0:
                 self.left, self.phase = self.count, self.phase + 1
+                self.phases.append(self.known.release())
                 self.changed.notify_all()
 
     def wait(self, parity):
         with self.changed:
-            assert self.changed.wait_for(lambda: self.phase & 1 != int(parity), timeout=20), "deadlock"
+            for _ in range(100):
+                if self.changed.wait_for(lambda: self.phase & 1 != int(parity), timeout=0.2):
+                    break
+                assert not local.errors, "another partition failed"
+            else:
+                raise AssertionError("deadlock")
+            if self.phase:  # a wait that is over before anything arrived
+                local.clock.acquire(self.phases[-1])
 
 
 class Barriers:
-    def __init__(self, count):
+    """`number`: of the kernel's arrays of barriers, in the order of their allocation."""
+
+    def __init__(self, count, number):
         self.all = [Barrier() for _ in range(count)]
+        for barrier in self.all:
+            barrier.number = number
 
     def index(self, i):
         return self.all[int(i)]
@@ -131,12 +161,12 @@ class Mbarrier:
 
     @staticmethod
     def expect(barrier, size):
-        barrier.update(arrivals=1, size=size)
+        barrier.update(local.clock, arrivals=1, size=size)
 
     @staticmethod
     def arrive(barrier, count):
         pause()
-        barrier.update(arrivals=count)
+        barrier.update(local.clock, arrivals=count)
 
     @staticmethod
     def wait(barrier, parity, pred=True):
@@ -168,21 +198,24 @@ class Tma:
     @staticmethod
     def async_copy_global_to_shared(descriptor, coordinates, barrier, tile):
         whole, inside, box = Tma.box(descriptor, coordinates)
-        target = tile.get()
+        target, clock = tile.get(), local.clock.copy_starts()
+        tile.memory.write(tile.span, clock, proxy=True)
         target.zero_()
         target[box] = whole[inside]
-        barrier.update(size=-target.numel() * target.element_size())
+        barrier.update(clock, size=-target.numel() * target.element_size())
 
     @staticmethod
     def async_copy_shared_to_global(descriptor, coordinates, tile):
-        local.stores.append((descriptor, [int(c) for c in coordinates], tile.get()))
+        tile.memory.read_starts(tile.span, local.clock)
+        local.stores.append((descriptor, [int(c) for c in coordinates], tile))
 
     @staticmethod
     def store_wait(pending):
         while len(local.stores) > pending:
-            descriptor, coordinates, source = local.stores.pop(0)
+            descriptor, coordinates, tile = local.stores.pop(0)
             whole, inside, box = Tma.box(descriptor, coordinates)
-            whole[inside] = source[box]
+            whole[inside] = tile.get()[box]
+            tile.memory.read_is_over(tile.span, local.clock)
 
 
 class Wgmma:
@@ -190,8 +223,13 @@ class Wgmma:
 
     def __init__(self, a, b, acc):
         self.a, self.b, self.acc, self.value = a, b, acc, None
+        self.shared = [x for x in (a, b) if isinstance(x, Shared)]
+        for x in self.shared:
+            x.memory.read_starts(x.span, local.clock)
 
     def run(self):
+        for x in self.shared:
+            x.memory.read_is_over(x.span, local.clock)
         a = self.a.get() if isinstance(self.a, Shared) else self.a
         assert a.dtype == self.b.get().dtype in (torch.bfloat16, torch.float16)
         acc = self.acc.value if isinstance(self.acc, Wgmma) else self.acc
@@ -216,8 +254,13 @@ def warpgroup_mma_wait(pending, deps):
     return done[0] if len(done) == 1 else tuple(done)
 
 
-def run_partition(function, args, seed, errors):
-    local.wgmmas, local.stores, local.random = [], [], random.Random(seed)
+def start(clock, seed, errors):
+    local.clock, local.wgmmas, local.stores, local.random = clock, [], [], random.Random(seed)
+    local.errors = errors
+
+
+def run_partition(function, args, clock, seed, errors):
+    start(clock, seed, errors)
     try:
         function(*args)
         assert not local.wgmmas and not local.stores, "work left in flight"
@@ -238,7 +281,7 @@ class Cpu:
     maximum = staticmethod(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)))
 
     def __init__(self, pid, seed):
-        self.pid, self.seed = pid, seed
+        self.pid, self.seed, self.allocations, self.barriers = pid, seed, 0, 0
 
     def __getattr__(self, name):
         assert name.endswith("Layout"), name
@@ -263,14 +306,21 @@ class Cpu:
 
     def allocate_shared_memory(self, dtype, shape, layout):
         if dtype == torch.int64:
-            return Barriers(shape[0])
+            self.barriers += 1
+            return Barriers(shape[0], self.barriers - 1)
         memory = torch.full(shape, NAN, dtype=dtype)
-        return Shared(lambda: memory, layout)
+        self.allocations += 1
+        name = f"{str(dtype).removeprefix('torch.')}{shape}, number {self.allocations}"
+        return Shared(lambda: memory, Memory(name), (0, memory.numel() * memory.element_size()), layout)
 
     def warp_specialize(self, parts, warps, registers):
-        errors = []
+        errors, known = [], local.clock.release()
         threads = [
-            threading.Thread(target=run_partition, args=(*part, f"{self.seed} {self.pid} {i}", errors), daemon=True)
+            threading.Thread(
+                target=run_partition,
+                args=(*part, Clock(f"partition {i}", *known), f"{self.seed} {self.pid} {i}", errors),
+                daemon=True,
+            )
             for i, part in enumerate(parts)
         ]
         for thread in threads:
@@ -284,8 +334,8 @@ class Cpu:
 class Launched:
     """Stands for a Gluon kernel: `kernel[grid](...)` runs it."""
 
-    def __init__(self, kernels, name, seed):
-        self.kernels, self.name, self.seed = kernels, name, seed
+    def __init__(self, kernels, name, seed, instead):
+        self.kernels, self.name, self.seed, self.instead = kernels, name, seed, instead
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: [self.run(pid, args, kwargs) for pid in range(grid[0])]
@@ -297,7 +347,7 @@ class Launched:
             "gl": Cpu(pid, self.seed),
             "tma": Tma,
             "mbarrier": Mbarrier,
-            "fence_async_shared": lambda: None,
+            "fence_async_shared": lambda: local.clock.fence(),
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": warpgroup_mma_wait,
             "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(),
@@ -314,10 +364,11 @@ class Launched:
             "_after": lambda x, zero: x,
             "_power_of_two": lambda x: torch.where(x > 0, torch.exp2(torch.floor(torch.log2(x))), 1.0),
             "_after_16": lambda x, zero: x,
+            **self.instead,
         }
         arguments = [self.argument(x) for x in args]
         options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg", "launch_pdl")}
-        local.wgmmas, local.stores, local.random = [], [], random.Random(self.seed)
+        start(Clock("the program"), self.seed, [])
         names[self.name](*arguments, **options)
         assert not local.stores, "work left in flight"
 
@@ -331,7 +382,7 @@ class Launched:
 
 
 @contextlib.contextmanager
-def gluon_on_cpu(seed=0):
+def gluon_on_cpu(seed=0, of="", **instead):
     from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
 
     modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
@@ -339,7 +390,8 @@ def gluon_on_cpu(seed=0):
     originals = [getattr(module, name) for module, name in found]
     interval = sys.getswitchinterval()
     for module, name in found:
-        setattr(module, name, Launched(types.SimpleNamespace(**vars(module)), name, seed))
+        changed = instead if of in name else {}
+        setattr(module, name, Launched(types.SimpleNamespace(**vars(module)), name, seed, changed))
     sys.setswitchinterval(1e-4)
     try:
         yield
