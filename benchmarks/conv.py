@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, chain_ms, empty_us, is_h200, peer, replay_ms, report
+from gpu import HERE, ceilings, chain_ms, chain_note, is_h200, peer, replay_ms, report
 from peers import fla_conv, fla_norm, measure
 
 import gdnir
@@ -20,8 +20,7 @@ HEADS, C = (16, 32, 128, 128), 8192
 def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
     conv, prep, norm = (find(op, "triton").run for op in ("causal_conv1d", "conv_prep", "gated_rmsnorm"))
     copy, _ = ceilings()
-    alone, chained = empty_us()
-    rows, notes = [], [f"a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"]
+    rows, notes = [], [chain_note()]
     for tokens in (2048, 8192, 32768):
         x = torch.randn(tokens, C, device="cuda").bfloat16()
         weight, a, b = (torch.randn(*s, device="cuda").bfloat16() for s in ((C, 4), (tokens, 32), (tokens, 32)))

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, chain_ms, empty_us, is_h200, peer, replay_ms, report
-from peers import fla_chain, measure
+from gpu import HERE, ceilings, chain_ms, chain_note, is_h200, peer, replay_ms, report
+from peers import fla_chain, measure, peer_chain_ms
 
 import gdnir
 from gdnir.lowering import find
@@ -59,7 +59,7 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
     ours, chains, plain, first = calls(batch, dtype, heads, drafts, beside)
     theirs = measure(f"{phase} B={batch}, fla-core", chains, first, notes)
     ms, chained = replay_ms(*ours, replays=60), chain_ms(*ours)
-    beside_chained = theirs and chain_ms(*chains)
+    beside_chained = measure(f"{phase} B={batch}, fla-core in a chain", chains, first, notes, timed=peer_chain_ms)
     plain_ms = chain_ms(*plain) if drafts == 1 else None
     state = (1 + drafts) * batch * hv * k * v * dtype.itemsize
     moved = state + batch * drafts * (2 * (2 * heads[0] * k + hv * v) + 4 * hv * v + 4 * hv)
@@ -84,8 +84,7 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
 
 def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
     copy, _ = ceilings()
-    alone, chained = empty_us()
-    rows, notes = [], [f"a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"]
+    rows, notes = [], [chain_note()]
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for batch in BATCHES:
@@ -101,7 +100,7 @@ def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
         rows,
         [
             f"copy {copy:.2f} TB/s; both peers take three kernels, convolution, rule and norm, fla-core's of this run",
-            "chain: of one call among many in one graph; mul_: torch's, in place, on as much state and nothing else",
+            "mul_: torch's, in place, on as much state and nothing else",
             "bars: B = 1 at most 0.65 of the three kernels, OLMo at most 1; vLLM's are published for an H200"
             + ("" if is_h200() else ", which this card is not: no ratio uses it"),
             *notes,

@@ -44,14 +44,13 @@ def replay_ms(*calls, replays=40):
 def chain_ms(*calls, replays=15):
     """Median milliseconds of one call among many in one graph, which take turns: what it takes in a model's step, without what
     events and the graph's own launch add to `replay_ms` (an empty kernel reads 10 to 19 us there, 1.2 here)."""
-    alone = replay_ms(*calls, replays=5)
-    count = max(len(calls), 8, min(40, int(4 / alone)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    count = max(len(calls), 8, min(40, int(4 / replay_ms(*calls, replays=5))))
+
+    def chain():
         for i in range(count):
             calls[i % len(calls)]()
-    graph.replay()
-    return events_ms([graph.replay], replays) / count
+
+    return replay_ms(chain, replays=replays) / count
 
 
 def events_ms(calls, repeats):
@@ -77,10 +76,11 @@ def ceilings():
     return copy, 2 * 8192**3 / replay_ms(lambda: torch.mm(a, b)) / 1e9
 
 
-def empty_us():
-    """What a kernel of one element reads: (by itself, in a chain)."""
+def chain_note():
+    """What a chain is, and what a kernel of one element reads in one and by itself."""
     one = torch.zeros(1, device="cuda")
-    return replay_ms(lambda: one.add_(1), replays=200) * 1e3, chain_ms(lambda: one.add_(1)) * 1e3
+    alone, chained = replay_ms(lambda: one.add_(1), replays=200) * 1e3, chain_ms(lambda: one.add_(1)) * 1e3
+    return f"chain: of one call among many in one graph; a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"
 
 
 def peer(part, case, *names):

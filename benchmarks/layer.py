@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, chain_ms, empty_us, is_h200, peer, replay_ms, report
+from gpu import HERE, chain_ms, chain_note, is_h200, peer, replay_ms, report
 
 import gdnir
 
@@ -119,10 +119,7 @@ def main(
         notes.append(
             f"first {phase} call: {cold[phase]:.2f} s with an empty cache, {warm[phase]:.2f} s with a filled one"
         )
-    alone, chained = empty_us()
-    notes.append(
-        f"chain: of one call among many in one graph; a kernel of one element reads {alone:.1f} us by itself, {chained:.1f} in a chain"
-    )
+    notes.append(chain_note())
     notes.append(
         "prefill is one sequence of `tokens`, decode `tokens` sequences of one; host time while the device lags behind"
         + ("" if is_h200() else "; vLLM's times and the bars are an H200's, no ratio uses them here")

@@ -6,7 +6,7 @@ Each maker returns None where its package is not installed or does not take the 
 import os
 
 import torch
-from gpu import events_ms, replay_ms
+from gpu import chain_ms, events_ms, replay_ms
 
 os.environ.setdefault("FLA_FLASH_QLA", "0")  # else fla-core hands prefill to FlashQLA where that is installed
 
@@ -22,12 +22,17 @@ def peer_ms(*calls, replays=40):
     return events_ms(calls, 20), "events"
 
 
+def peer_chain_ms(*calls):
+    """As peer_ms, of one call among many in one graph."""
+    return chain_ms(*calls), "graph"
+
+
 def error(got, want):
     """The relative error in the Frobenius norm."""
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
-def measure(name, calls, want, notes, bound=5e-2):
+def measure(name, calls, want, notes, bound=5e-2, timed=peer_ms):
     """Median ms of `calls`, the peer `name` on one or more sets of buffers; None, and a note that says why, if there is
     no call, it fails, or its first result is not ours (`want`)."""
     if not calls:
@@ -37,7 +42,7 @@ def measure(name, calls, want, notes, bound=5e-2):
         if not off <= bound:
             notes.append(f"{name}: left out, its result is {off:.1e} from ours")
             return None
-        ms, how = peer_ms(*calls)
+        ms, how = timed(*calls)
     except Exception as problem:  # a peer's failure is reported, and ends no benchmark
         notes.append(f"{name}: failed, {type(problem).__name__}: {str(problem).splitlines()[0][:200]}")
         torch.cuda.synchronize()

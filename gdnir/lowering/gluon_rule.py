@@ -15,7 +15,7 @@ from gdnir.errors import ShapeError
 from gdnir.lowering import tables
 from gdnir.lowering.descriptors import Box, describe
 from gdnir.lowering.relaunch import launch
-from gdnir.lowering.triton_launch import _strides
+from gdnir.lowering.triton_launch import _metadata, _strides
 from gdnir.platforms import PLATFORMS, copy_bandwidth
 
 if TYPE_CHECKING:
@@ -92,20 +92,15 @@ def delta_rule_prefill(
     address = gates.data_ptr()
     gate_lines = describe(address, torch.float32, (4 * rows,), (1,), line)
     t_tiles = describe(address + 16 * rows, dtype, (rows, CHUNK), (CHUNK, 1), tile)
-    cu_seqlens, read_slots, has_state = (
-        seq.cu_seqlens.contiguous(),
-        seq.read_slots.contiguous(),
-        seq.has_state.contiguous(),
-    )
-    write_slots, longest = seq.write_slots, seq.max_len
-    pool, write_stride = state.shape[0], write_slots.stride()[0]
+    cu_seqlens, read_slots, write_slots, has_state, error = _metadata(seq)
+    longest, pool, write_stride = seq.max_len, state.shape[0], write_slots.stride()[0]
     s_stride, h_stride, v_stride, k_stride = state.stride()
     shared = _shared_heads(numbers * heads, heads // key_heads, device)
     launch(
         prep.delta_rule_gluon_prep_kernel,
         (numbers + 1) * heads // shared,
         (
-            k_tiles, t_tiles, g, beta, gates, o, cu_seqlens, read_slots, write_slots, seq.error, tokens, count, pool,
+            k_tiles, t_tiles, g, beta, gates, o, cu_seqlens, read_slots, write_slots, error, tokens, count, pool,
             *_strides(g, tokens), *_strides(beta, tokens), write_stride,
         ),
         _prep_constants(key_heads, heads, shared),

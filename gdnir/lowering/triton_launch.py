@@ -106,11 +106,7 @@ def causal_conv1d(
         None if bias is None else bias.contiguous(),
         conv_state,
         y,
-        seq.cu_seqlens.contiguous(),
-        seq.read_slots.contiguous(),  # perhaps a column of the last step's write_slots
-        slots,
-        seq.has_state.contiguous(),
-        seq.error,
+        *_metadata(seq),
     )
     sizes = tokens, channels, count, pool, columns
     slot_row, slot_column = slots.stride()
@@ -199,11 +195,7 @@ def conv_prep(
             value,
             g,
             beta,
-            seq.cu_seqlens.contiguous(),
-            seq.read_slots.contiguous(),
-            seq.write_slots,
-            seq.has_state.contiguous(),
-            seq.error,
+            *_metadata(seq),
             tokens,
             count,
             pool,
@@ -252,6 +244,17 @@ def _prep_constants(
         **pick(_TABLES["gates"], kinds),
     }
     return blocks.pop("BT"), each, {**constants, **blocks}
+
+
+def _metadata(seq: Seq) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What kernels read of a batch, in their order."""
+    return (
+        seq.cu_seqlens.contiguous(),
+        seq.read_slots.contiguous(),  # perhaps a column of the last step's write_slots
+        seq.write_slots,
+        seq.has_state.contiguous(),
+        seq.error,
+    )
 
 
 def _conv_state(state: Tensor, layout: str) -> tuple[int, int, int, int, int]:

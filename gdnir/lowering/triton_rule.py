@@ -12,7 +12,7 @@ from torch import Tensor
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _kernels, _next_power_of_2, _strided, _strides
+from gdnir.lowering.triton_launch import _cdiv, _kernels, _metadata, _next_power_of_2, _strided, _strides
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -76,10 +76,11 @@ def delta_rule_prefill(
     constants, tiles = _rule_constants(*shape, *cut)
     slot_stride, head_stride, *last = state.stride()
     v_stride, k_stride = last if state_layout == "vk" else last[::-1]
-    read = seq.cu_seqlens.contiguous(), seq.read_slots.contiguous()  # perhaps a column of the last step's write_slots
+    cu_seqlens, read_slots, write_slots, has_state, error = _metadata(seq)
+    read = cu_seqlens, read_slots
     sizes = tokens, rows, state.shape[0]
     key_strides = *q_strides[:2], *k_strides[:2]
-    write_stride = seq.write_slots.stride()[0]
+    write_stride = write_slots.stride()[0]
     strides = *key_strides, *v_strides[:2], slot_stride, head_stride, v_stride, k_stride, write_stride
     inputs = q, k, v, solve, scores, gates, o, state, starts
     if tokens:
@@ -97,14 +98,14 @@ def delta_rule_prefill(
     launch(
         kernels.delta_rule_kernel,
         (rows * tiles + summaries) * heads,
-        (*inputs, steps, *read, seq.write_slots, seq.has_state.contiguous(), seq.error, *sizes, *strides, scale),
+        (*inputs, steps, *read, write_slots, has_state, error, *sizes, *strides, scale),
         constants,
     )
     if segment:
         between = _starts_constants(*shape, *cut)
         programs = rows * heads * _cdiv(value_dim, between["BV"])
         launch(kernels.delta_rule_starts_kernel, programs, (starts, steps, *read, *sizes), between)
-        args = (*inputs, *read, seq.write_slots, *sizes, *strides, scale)
+        args = (*inputs, *read, write_slots, *sizes, *strides, scale)
         launch(kernels.delta_rule_segments_kernel, numbers * heads * tiles, args, constants)
     return o
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdnir.lowering import tables
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.tables import kinds, pick
-from gdnir.lowering.triton_launch import _cdiv, _conv_state, _kernels, _next_power_of_2, _strided
+from gdnir.lowering.triton_launch import _cdiv, _conv_state, _kernels, _metadata, _next_power_of_2, _strided
 
 if TYPE_CHECKING:
     from gdnir.seq import Seq
@@ -316,16 +316,6 @@ def gdn_gate(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, allow_neg_
 @functools.lru_cache(maxsize=256)
 def _gate_constants(kinds: tuple[str, ...], heads: int, allow_neg_eigval: bool) -> dict[str, Any]:
     return {"HV": heads, "ALLOW_NEG_EIGVAL": allow_neg_eigval, **pick(_TABLES["gate"], kinds)}
-
-
-def _metadata(seq: Seq) -> tuple[Tensor, ...]:
-    return (
-        seq.cu_seqlens.contiguous(),
-        seq.read_slots.contiguous(),  # perhaps a column of the last step's write_slots
-        seq.write_slots,
-        seq.has_state.contiguous(),
-        seq.error,
-    )
 
 
 def _block_v(elements: int, key_dim: int, value_dim: int) -> int:
