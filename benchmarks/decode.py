@@ -59,7 +59,9 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
     ours, chains, plain, first = calls(batch, dtype, heads, drafts, beside)
     theirs = measure(f"{phase} B={batch}, fla-core", chains, first, notes)
     ms, chained = replay_ms(*ours, replays=60), chain_ms(*ours)
-    beside_chained = measure(f"{phase} B={batch}, fla-core in a chain", chains, first, notes, timed=peer_chain_ms)
+    beside_chained = theirs and measure(
+        f"{phase} B={batch}, fla-core in a chain", chains, None, notes, timed=peer_chain_ms
+    )
     plain_ms = chain_ms(*plain) if drafts == 1 else None
     state = (1 + drafts) * batch * hv * k * v * dtype.itemsize
     moved = state + batch * drafts * (2 * (2 * heads[0] * k + hv * v) + 4 * hv * v + 4 * hv)
