@@ -276,6 +276,7 @@ class Cpu:
     load, store = staticmethod(load), staticmethod(store)
     exp2, sum, static_range = staticmethod(torch.exp2), staticmethod(torch.sum), range
     max = staticmethod(lambda x, axis: x.amax(axis))
+    join, static_assert = staticmethod(lambda a, b: torch.stack([a, b], -1)), staticmethod(lambda *said: None)
     associative_scan = staticmethod(lambda x, axis, combine: torch.cumsum(x, axis))  # every scan here is a sum
     minimum = staticmethod(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)))
     maximum = staticmethod(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)))
@@ -334,8 +335,8 @@ class Cpu:
 class Launched:
     """Stands for a Gluon kernel: `kernel[grid](...)` runs it."""
 
-    def __init__(self, kernels, name, seed, instead):
-        self.kernels, self.name, self.seed, self.instead = kernels, name, seed, instead
+    def __init__(self, kernels, name, helpers, seed, instead):
+        self.kernels, self.name, self.helpers, self.seed, self.instead = kernels, name, helpers, seed, instead
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: [self.run(pid, args, kwargs) for pid in range(grid[0])]
@@ -352,7 +353,7 @@ class Launched:
             "warpgroup_mma_wait": warpgroup_mma_wait,
             "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(),
         }
-        for name, value in vars(module).items():
+        for name, value in {**self.helpers, **vars(module)}.items():
             if type(value).__name__ == "GluonJITFunction" and name not in ("_launch_dependents", "_wait_for_primary"):
                 function = value.fn
                 names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
@@ -383,7 +384,12 @@ class Launched:
 
 @contextlib.contextmanager
 def gluon_on_cpu(seed=0, of="", **instead):
-    from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
+    from gdnir.kernels import (
+        delta_rule_gluon,
+        delta_rule_gluon_prep,
+        delta_rule_gluon_segments,
+        delta_rule_gluon_starts,
+    )
 
     modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
     found = [(m, name) for m in modules for name in vars(m) if name.endswith("_kernel")]
@@ -391,7 +397,7 @@ def gluon_on_cpu(seed=0, of="", **instead):
     interval = sys.getswitchinterval()
     for module, name in found:
         changed = instead if of in name else {}
-        setattr(module, name, Launched(types.SimpleNamespace(**vars(module)), name, seed, changed))
+        setattr(module, name, Launched(types.SimpleNamespace(**vars(module)), name, vars(delta_rule_gluon_starts), seed, changed))
     sys.setswitchinterval(1e-4)
     try:
         yield

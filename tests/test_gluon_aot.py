@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,6 @@ from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gl
 KERNELS = {
     "prep": (delta_rule_gluon_prep, "delta_rule_gluon_prep_kernel"),
     "summary": (delta_rule_gluon_segments, "delta_rule_gluon_summary_kernel"),
-    "starts": (delta_rule_gluon_segments, "delta_rule_gluon_starts_kernel"),
     "rule": (delta_rule_gluon, "delta_rule_gluon_kernel"),
 }
 ORIGINALS = {name: getattr(*where) for name, where in KERNELS.items()}
@@ -38,6 +38,8 @@ def compiled(monkeypatch):
     active = triton.runtime.driver._active  # None on a machine with no GPU
     triton.runtime.driver.set_active(StubDriver(TARGETS["sm_90"][0], 190))
     found = []
+    disasm = triton.tools.disasm  # its pattern ends at 64 KB of code
+    monkeypatch.setattr(disasm, "FLINE_RE", re.compile(disasm.FLINE_RE.pattern.replace(r"\w{4}\*", r"\w{4,}\*")))
     for name, (module, kernel) in KERNELS.items():
         monkeypatch.setattr(module, kernel, Compiling(ORIGINALS[name], found))
     yield found
@@ -54,7 +56,6 @@ def launch(case):
 LIMITS = {
     "prep": (200, 0),
     "summary": (128, 0),
-    "starts": (255, 0),  # its shared memory allows one program a multiprocessor
     "single": (168, 8),
     "pair": (128, 64),
 }

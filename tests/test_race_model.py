@@ -105,19 +105,18 @@ class Hasty(Tma):
         Tma.store_wait(pending + 1)
 
 
-# Kernel, and what it lacks. The barriers of carry: a stage is full, is empty, P is there; of summary: full, empty; of starts: full.
+# Kernel, and what it lacks. The barriers of carry: a stage is full, is empty, P is there, a step is given, is taken; of summary: full, empty.
 MUTANTS = {
     "carry-fence": ("delta_rule_gluon_kernel", {"fence_async_shared": lambda: None}),
     "carry-full": ("delta_rule_gluon_kernel", {"mbarrier": Deaf(0)}),
     "carry-empty": ("delta_rule_gluon_kernel", {"mbarrier": Deaf(1)}),
     "carry-p": ("delta_rule_gluon_kernel", {"mbarrier": Deaf(2)}),
+    "carry-given": ("delta_rule_gluon_kernel", {"mbarrier": Deaf(3)}),
+    "carry-taken": ("delta_rule_gluon_kernel", {"mbarrier": Deaf(4)}),
     "carry-store": ("delta_rule_gluon_kernel", {"tma": Hasty}),
     "summary-fence": ("summary", {"fence_async_shared": lambda: None}),
     "summary-full": ("summary", {"mbarrier": Deaf(0)}),
     "summary-empty": ("summary", {"mbarrier": Deaf(1)}),
-    "starts-fence": ("starts", {"fence_async_shared": lambda: None}),
-    "starts-full": ("starts", {"mbarrier": Deaf(0)}),
-    "starts-store": ("starts", {"tma": Hasty}),
     "prep-fence": ("prep", {"fence_async_shared": lambda: None}),
     "prep-full": ("prep", {"mbarrier": Deaf(0)}),
 }

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .delta_rule_gluon_prep import _barrier, _clear_rows, _wait_for_primary
+from .delta_rule_gluon_starts import _follow, _load_steps, _starts_at, _wait_for_steps
 
 # What descriptors of [64, 64] tiles (16 bits, f32), and of the gates, are made with.
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -48,7 +49,7 @@ def _find_sequence(cu_seqlens, number, T, N, segment):
         half = left // 2
         start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + half), 0), T)
         n += gl.where(start // (64 * segment) <= number, half, 0)
-        left -= half
+        left = left - half
     return n
 
 
@@ -98,17 +99,21 @@ def _gate_row(g, ROW: gl.constexpr, ci: gl.constexpr):
 # cycles. So each chunk's V and gates are read while no own wgmma is queued, long before their use.
 #
 # Stages of shared memory go loader -> (full) -> P and chains -> (empty) -> loader. A sequence's last chunk, if it is not
-# whole, goes loader -> (full[NSTG]) -> P, which clears the rows behind the end -> (full) -> as ever; P also stores its O,
-# of which only the rows before the end may be touched.
+# whole, goes loader -> (full[NSTG]) -> P, which clears the rows behind the end -> (full) -> as ever; V is cleared by those who
+# read it, but in `single`, which has no registers for it. P also stores the chunk's O, of which only the rows before the end may be
+# touched.
 
 
 @gluon.jit
-def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
-               HV: gl.constexpr, vh, NSTG: gl.constexpr, NWG: gl.constexpr):  # fmt: skip
+def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, steps, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0, hq, hv,
+               HV: gl.constexpr, vh, NSTG: gl.constexpr, NWG: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """1 warp. Loads chunk c once chunk c - NSTG is released; the consumers left O of that chunk in its V tile, from where it
     is stored first. The generic-to-async proxy fence is here, not in the consumers, where it costs 300 cycles."""
+    starts_d, steps_d, given, taken, prior, step_row = steps
     _wait_for_primary()
     _barrier()
+    if CUT:
+        _load_steps(starts_d, steps_d, sQ, sK, sV, given, taken, prior, step_row, vh, HV, NSTG, NWG)
     s = 0
     ph = 1
     for c in range(nch + NSTG):
@@ -121,6 +126,8 @@ def _load_part(q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nc
                     o_at = [r - 64 * NSTG, hv * 128 + (vh + i) * 64]
                     tma.async_copy_shared_to_global(o_d, o_at, sV.index(s * NWG + i))
         if c < nch:
+            if CUT:
+                _wait_for_steps(taken, prior, c, NWG)
             bar = full.index(gl.where(c == tail, NSTG, s))
             tile = tile0 + c * HV
             mbarrier.expect(bar, 64 * 128 * 2 * 2 + 64 * 64 * 2 * (NWG + 1) + 4 * 64 * 4)
@@ -196,8 +203,8 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, 
         for j in gl.static_range(2):
             _clear_rows(sK.index(2 * s + j), left, B)
             _clear_rows(sQ.index(2 * s + j), left, B)
-        for j in gl.static_range(NWG):
-            _clear_rows(sV.index(s * NWG + j), left, B)
+        if NWG == 1:
+            _clear_rows(sV.index(s), left, B)
         fence_async_shared()
         _barrier()
         mbarrier.arrive(full.index(s), count=1)
@@ -206,6 +213,14 @@ def _p_part(sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_ptr, lscale, 
         at = row * (HV * 128) + gl.arange(0, 64, gl.SliceLayout(0, B))[None, :]
         for j in gl.static_range(NWG):
             gl.store(o_ptr + 64 * j + at, sV.index(s * NWG + j).load(B), mask=row < left)
+
+
+@gluon.jit
+def _clear_columns(tile, ending, L: gl.constexpr):
+    """Zeros behind the first `ending` columns of a tile [V, tokens]: they are the next sequence's, of which even a NaN must not
+    matter. In the layout in which it is read, so that each thread clears for itself; compared only now, to hold no registers."""
+    column = gl.arange(0, 64, gl.SliceLayout(0, L))[None, :] + _opaque_zero(ending)
+    tile.store(gl.where(column < ending, tile.load(L), gl.zeros([64, 64], tile.dtype, L)))
 
 
 @gluon.jit
@@ -230,7 +245,7 @@ def _store_rows(ends, S, rows, columns, WG: gl.constexpr, VS: gl.constexpr, KS: 
 
 
 @gluon.jit
-def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+def _single_part(ends, steps, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
                  WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
                  VS: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """1 warpgroup, 64 rows of V, scheduled for latency. The state is kept in two halves of K (S0, S1), so that one is rounded
@@ -246,6 +261,9 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
     S1 = _load_rows(ends, rows, columns + 64, WG, VS, KS, CUT)
     z = gl.zeros([64, 64], gl.float32, L)
     _barrier()
+    if CUT:
+        starts_d, steps_d, given, taken, prior, step_row = steps
+        S0, S1 = _follow(S0, S1, starts_d, steps_d, sQ, sK, sV, given, taken, prior, WG, NWG, NSTG, L, A)
     if nch == 0:
         _store_rows(ends, S0, rows, columns, WG, VS, KS)
         _store_rows(ends, S1, rows, columns + 64, WG, VS, KS)
@@ -253,6 +271,7 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         # chunk 0 up to NV. pfull says that P is there, and so that the whole chunk is.
         g = sG.index(0)
         mbarrier.wait(pfull.index(0), 0)
+        _barrier()  # as before every other chunk's V; compute-sanitizer sees that P's warps, which may have cleared it, are done
         v = sV.index(WG).permute((1, 0)).load(L)
         e = _gate_row(g, 1, ci)[None, :]
         glast = g.slice(127, 1).load(rs)[:, None]
@@ -341,7 +360,7 @@ def _single_part(ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale,
 
 
 @gluon.jit
-def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
+def _pair_part(ends, steps, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, ending, scale,
                WG: gl.constexpr, NWG: gl.constexpr, NSTG: gl.constexpr, NP: gl.constexpr,
                VS: gl.constexpr, KS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """1 of 2 warpgroups, 64 rows of V, scheduled for few registers (208): the other one fills the tensor cores meanwhile"""
@@ -356,9 +375,20 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
     sK = sK2._reinterpret(sK2.dtype, [NSTG, 64, 128], sK2.layout)
     rows = gl.arange(0, 64, rs)[:, None]
     columns = gl.arange(0, 128, gl.SliceLayout(0, L128))[None, :]
-    S = _load_rows(ends, rows, columns, WG, VS, KS, CUT)
     z = gl.zeros([64, 64], gl.float32, L64)
-    _barrier()
+    if CUT:
+        starts_d, steps_d, given, taken, prior, step_row = steps
+        half_rows = gl.arange(0, 64, gl.SliceLayout(1, L64))[:, None]
+        half_columns = gl.arange(0, 64, ci)[None, :]
+        S0 = _load_rows(ends, half_rows, half_columns, WG, VS, KS, CUT)
+        S1 = _load_rows(ends, half_rows, half_columns + 64, WG, VS, KS, CUT)
+        _barrier()
+        S0, S1 = _follow(S0, S1, starts_d, steps_d, sQ2, sK2, sV, given, taken, prior, WG, NWG, NSTG, L64, A64)
+        S = gl.join(S0, S1).permute((0, 2, 1)).reshape([64, 128])
+        S = gl.convert_layout(S, L128, assert_trivial=True)
+    else:
+        S = _load_rows(ends, rows, columns, WG, VS, KS, CUT)
+        _barrier()
     s = 0
     ph = 0
     i = 0
@@ -368,6 +398,8 @@ def _pair_part(ends, sQ2, sK2, sV, sT, sG, sP, full, empty, pfull, nch, scale,
         k_s = sK.index(s)
         o_s = sV.index(s * NWG + WG).permute((1, 0))
         mbarrier.wait(full.index(s), ph)
+        if c + 1 == nch:
+            _clear_columns(o_s, ending, L64)
         v = o_s.load(L64)
         e = _gate_row(g, 1, ci)[None, :]
         glast = g.slice(127, 1).load(rs)[:, None]
@@ -407,16 +439,18 @@ def delta_rule_gluon_kernel(
     q_d,
     k_d,
     v_d,
+    o_d,
     t_d,
     g_d,
-    o_d,
+    starts_d,
+    steps_d,
     o,
     state,
     cu_seqlens,
     read_slots,
     write_slots,
     has_state,
-    starts,
+    space,
     T,
     N,
     S,
@@ -468,20 +502,25 @@ def delta_rule_gluon_kernel(
     first = chunks * 0
     last = chunks
     started = live & False
+    prior = chunks * 0  # segments between the first one and the program's
+    step_row = prior
     if CUT:
         begin = start // (64 * segment)
         ahead = (number - begin + 1) * segment
         first = gl.where(later, gl.where((chunks > segment) & (ahead > 0) & (ahead < chunks), ahead, chunks), 0)
         last = gl.minimum(first + segment, chunks)
         started = (chunks > segment) & (first < chunks)
+        prior = gl.where(later & started, number - begin, 0)
+        step_row = (begin * HV + hv) * 128
         live = live & (last == chunks) & ((later == 0) | started)
     stored = live & (write >= 0) & (write < S)
     nch = last - first
     row0 = start + first * 64
-    # whole chunks, tokens in one more, and which of them is not whole (-1: none)
+    # whole chunks, tokens in one more, which of them is not whole (-1: none), tokens in the last one
     left = gl.where((last == chunks) & (nch > 0), (end - start) % 64, 0)
     whole = nch - (left > 0).to(gl.int32)
     tail = gl.where(left > 0, whole, -1)
+    ending = gl.where(left > 0, left, 64)
     tile0 = (start // 64 + n + first) * HV + hv
     sQ = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
     sK = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
@@ -492,6 +531,14 @@ def delta_rule_gluon_kernel(
     full = gl.allocate_shared_memory(gl.int64, [NSTG + 1, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NSTG, 1], mbarrier.MBarrierLayout())
     pfull = gl.allocate_shared_memory(gl.int64, [NP, 1], mbarrier.MBarrierLayout())
+    given = full
+    taken = empty
+    if CUT:  # never beside it: what is handed to the partitions would be put where a barrier, that none waits for, just began
+        given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(given.index(i), count=1)
+            mbarrier.init(taken.index(i), count=NWG)
     for i in gl.static_range(NSTG + 1):
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(NSTG):
@@ -503,24 +550,25 @@ def delta_rule_gluon_kernel(
     head = state + hv.to(gl.int64) * stride_sh + vh * 64 * VS
     h0 = head + gl.where(stateful, read, 0).to(gl.int64) * stride_s
     ht = head + gl.where(stored, write, 0).to(gl.int64) * stride_s
-    start_ptr = starts
+    start_ptr = space
     if CUT:
-        slot = gl.where(started, gl.where(later, number, slots + begin), 0)
-        start_ptr += (slot.to(gl.int64) * HV + hv) * 16384 + vh * 8192
+        slot = gl.where(started, gl.where(later, begin, slots + begin), 0)
+        start_ptr += _starts_at(T, N, HV) + (slot.to(gl.int64) * HV + hv) * 16384 + vh * 8192
     ends = (h0, ht, start_ptr, stateful, stored, started)
+    steps = (starts_d, steps_d, given, taken, prior, step_row)
     o_tail = o + ((row0 + whole * 64).to(gl.int64) * HV + hv) * 128 + vh * 64
     if NWG == 1:
         gl.warp_specialize([
-            (_single_part, (ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 0, NWG, NSTG, NP, VS, KS, CUT)),
+            (_single_part, (ends, steps, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 0, NWG, NSTG, NP, VS, KS, CUT)),
             (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
-            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0,
-                          hq, hv, HV, vh, NSTG, NWG)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, steps, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0,
+                          hq, hv, HV, vh, NSTG, NWG, CUT)),
         ], [4, 1], [RP, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_pair_part, (ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 0, NWG, NSTG, NP, VS, KS, CUT)),
-            (_pair_part, (ends, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, scale, 1, NWG, NSTG, NP, VS, KS, CUT)),
+            (_pair_part, (ends, steps, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, ending, scale, 0, NWG, NSTG, NP, VS, KS, CUT)),
+            (_pair_part, (ends, steps, sQ, sK, sV, sT, sG, sP, full, empty, pfull, nch, ending, scale, 1, NWG, NSTG, NP, VS, KS, CUT)),
             (_p_part, (sQ, sK, sV, sG, sP, full, empty, pfull, whole, left, o_tail, lscale, HV, NSTG, NP, NWG, EARLY)),
-            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0,
-                          hq, hv, HV, vh, NSTG, NWG)),
+            (_load_part, (q_d, k_d, v_d, t_d, g_d, o_d, steps, sQ, sK, sV, sT, sG, full, empty, nch, tail, row0, tile0,
+                          hq, hv, HV, vh, NSTG, NWG, CUT)),
         ], [4, 4, 1], [RC, RP, 24])  # fmt: skip

@@ -56,7 +56,7 @@ def _find_chunk(cu_seqlens, number, T, N):
         half = left // 2
         start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + half), 0), T)
         n += gl.where(start // 64 + n + half <= number, half, 0)
-        left -= half
+        left = left - half
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
     return n, number - start // 64 - n
 

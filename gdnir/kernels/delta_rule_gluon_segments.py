@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .delta_rule_gluon import _find_sequence, _gate_row
 from .delta_rule_gluon_prep import _barrier, _launch_dependents, _wait_for_primary
+from .delta_rule_gluon_starts import _starts_at
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
 _VARYING = ["T", "N", "S", "slots", "segment"]
@@ -133,7 +134,7 @@ def delta_rule_gluon_summary_kernel(
     starts_d,
     steps_d,
     state,
-    starts,
+    space,
     cu_seqlens,
     read_slots,
     has_state,
@@ -178,7 +179,7 @@ def delta_rule_gluon_summary_kernel(
     slot = gl.where(active, gl.where(main, begin, number), 0).to(gl.int64) * HV + hv
     stateful = active & main & (gl.load(has_state + n) != 0)
     h0_ptr = state + gl.where(stateful, read, 0).to(gl.int64) * stride_s + hv.to(gl.int64) * stride_sh + vh * 64 * VS
-    copy_ptr = starts + (slot + slots.to(gl.int64) * HV) * 16384 + vh * 8192
+    copy_ptr = space + _starts_at(T, N, HV) + (slot + slots.to(gl.int64) * HV) * 16384 + vh * 8192
     row = slot.to(gl.int32) * 128 + vh * 64
     sK = gl.allocate_shared_memory(k_d.dtype, [NSTG * 2, 64, 64], k_d.layout)
     sV = gl.allocate_shared_memory(k_d.dtype, [NSTG, 64, 64], v_d.layout)
@@ -196,124 +197,3 @@ def delta_rule_gluon_summary_kernel(
                           VS, KS, NSTG)),
         (_summary_load, (k_d, v_d, t_d, g_d, sK, sV, sT, sG, full, empty, nch, row0, tile0, hq, hv, vh, HV, NSTG)),
     ], [1], [24])  # fmt: skip
-
-
-@gluon.jit
-def _power_of_two(x):
-    """At or below x >= 0; 1 if there is none."""
-    x = (x.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
-    return gl.where(x > 0.0, x, 1.0)
-
-
-@gluon.jit
-def _in_two_parts(S, inverse, A: gl.constexpr):
-    """S with its rows scaled, as the sum of two f16 in layout A."""
-    S = S * inverse[:, None]
-    upper = S.to(gl.float16)
-    lower = (S - upper.to(gl.float32)).to(gl.float16)
-    return gl.convert_layout(upper, A), gl.convert_layout(lower, A)
-
-
-@gluon.jit
-def _load_step(starts_d, steps_d, row, half, bar, sH, sM, s):
-    """H, the program's half, and M of the slot whose rows begin at `row`."""
-    mbarrier.expect(bar, 4 * 64 * 64 * 2 + 2 * 64 * 64 * 4)
-    for i in gl.static_range(4):  # rows, columns
-        tma.async_copy_global_to_shared(steps_d, [row + (i // 2) * 64, (i % 2) * 64], bar, sM.index(s * 4 + i))
-    for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(starts_d, [row + half * 64, i * 64], bar, sH.index(s * 2 + i))
-
-
-@gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
-def delta_rule_gluon_starts_kernel(
-    starts_d,
-    steps_d,
-    cu_seqlens,
-    read_slots,
-    T,
-    N,
-    S,
-    segment,
-    HV: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """64 of the 128 rows of one cut sequence and head. 2 N HV programs.
-
-    starts f32 [slots,HV,128,128]: the end of the first segment and each next one's H; then each segment's start, which takes
-    H's place. starts_d, steps_d: descriptors with boxes of 64 x 64 over it and M [slots,HV,128,128]. Slots as in
-    delta_rule_gluon.py.
-    """
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    _launch_dependents()
-    pid = gl.program_id(0)
-    half = pid % 2
-    h = pid // 2 % HV
-    n = pid // 2 // HV
-    start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
-    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), start), T)
-    read = gl.load(read_slots + n)
-    chunks = (end - start + 63) // 64
-    begin = start // (64 * segment)
-    # The last segment ends in the pool, and needs no slot; the first slot is a start as it is.
-    slots = (chunks + segment - 1) // segment - 1
-    slots = gl.where((chunks > segment) & (read >= 0) & (read < S), slots, 0)
-    sM = gl.allocate_shared_memory(steps_d.dtype, [STAGES * 4, 64, 64], steps_d.layout)
-    sH = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 64, 64], starts_d.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
-    _barrier()
-    _wait_for_primary()
-    if slots > 1:
-        STEP: gl.constexpr = HV * 128  # rows from one slot to the next
-        row0 = (begin * HV + h) * 128
-        # The first slot has no step. Stage j % STAGES has slot j.
-        mbarrier.expect(full.index(0), 2 * 64 * 64 * 4)
-        for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(starts_d, [row0 + half * 64, i * 64], full.index(0), sH.index(i))
-        for i in gl.static_range(1, STAGES):
-            if i < slots:
-                _load_step(starts_d, steps_d, row0 + i * STEP, half, full.index(i), sH, sM, i)
-        z = gl.zeros([64, 64], gl.float32, L)
-        mbarrier.wait(full.index(0), 0)
-        S0, S1 = sH.index(0).load(L), sH.index(1).load(L)
-        s = 1
-        before = 0
-        ph = 0
-        for j in range(1, slots):
-            # f16 alone ends at 65504.
-            size = _power_of_two(gl.maximum(gl.max(gl.maximum(S0, -S0), 1), gl.max(gl.maximum(S1, -S1), 1)))
-            upper0, lower0 = _in_two_parts(S0, 1.0 / size, A)
-            upper1, lower1 = _in_two_parts(S1, 1.0 / size, A)
-            mbarrier.wait(full.index(s), ph)
-            H0, H1 = sH.index(2 * s).load(L), sH.index(2 * s + 1).load(L)
-            M = s * 4
-            S0 = warpgroup_mma(upper0, sM.index(M), z, use_acc=False, is_async=True)
-            S0 = warpgroup_mma(upper1, sM.index(M + 2), S0, is_async=True)
-            S0 = warpgroup_mma(lower0, sM.index(M), S0, is_async=True)
-            S0 = warpgroup_mma(lower1, sM.index(M + 2), S0, is_async=True)
-            S1 = warpgroup_mma(upper0, sM.index(M + 1), z, use_acc=False, is_async=True)
-            S1 = warpgroup_mma(upper1, sM.index(M + 3), S1, is_async=True)
-            S1 = warpgroup_mma(lower0, sM.index(M + 1), S1, is_async=True)
-            S1 = warpgroup_mma(lower1, sM.index(M + 3), S1, is_async=True)
-            # The stage before this one is free once its start has left.
-            tma.store_wait(0)
-            _barrier()
-            if j - 1 + STAGES < slots:
-                _load_step(starts_d, steps_d, row0 + (j - 1 + STAGES) * STEP, half, full.index(before), sH, sM, before)
-            S0, S1 = warpgroup_mma_wait(0, [S0, S1])
-            S0 = S0 * size[:, None] + H0
-            S1 = S1 * size[:, None] + H1
-            sH.index(2 * s).store(S0)
-            sH.index(2 * s + 1).store(S1)
-            fence_async_shared()
-            _barrier()
-            for i in gl.static_range(2):
-                tma.async_copy_shared_to_global(starts_d, [row0 + j * STEP + half * 64, i * 64], sH.index(2 * s + i))
-            before = s
-            wrap = s == STAGES - 1
-            s = gl.where(wrap, 0, s + 1)
-            ph = gl.where(wrap, ph ^ 1, ph)
-        tma.store_wait(0)

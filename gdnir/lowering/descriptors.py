@@ -35,9 +35,9 @@ class _Address:
 @functools.lru_cache(maxsize=4096)  # a layer takes 6, and an allocator gives the same addresses again
 def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: Box) -> Any:
     """Gluon's TensorDescriptor of the memory at `pointer`, which the caller keeps until it is launched with; None if TMA cannot
-    read it: it is not empty, all begins at multiples of 16 bytes. Strides are in elements. [T, H, K] is a matrix [T, H K].
+    read it: it is not empty (at 0), all begins at multiples of 16 bytes. Strides are in elements. [T, H, K] is a matrix [T, H K].
 
-    `kind` is equal for those that kernels are compiled for alike; `encoded` is for `encode`.
+    `kind` is equal for those that kernels are compiled for alike.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -47,19 +47,33 @@ def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: 
         sizes, steps = [rows, heads * width], [row if rows > 1 else heads * width, unit]
         if (head != width and heads > 1) or steps[0] < sizes[1]:
             return None
-    if 0 in sizes or steps[-1] != 1 or pointer % 16 or any(step * dtype.itemsize % 16 for step in steps[:-1]):
+    if 0 in sizes or not pointer or steps[-1] != 1 or pointer % 16 or any(step * dtype.itemsize % 16 for step in steps[:-1]):
         return None
     made = TensorDescriptor(_Address(pointer, dtype), sizes, steps, box.shape, box.layout)
-    made.kind, made.encoded = (dtype, box), None
+    made.kind = dtype, box
     return made
 
 
-def encode(descriptor: Any) -> list[Any]:
-    """What Triton's launcher hands to C for a descriptor: a tensor map, shape and strides. Only after `agree`."""
-    if descriptor.encoded is None and descriptor.kind in _ways:
-        how, make = _ways[descriptor.kind]
-        descriptor.encoded = make(descriptor, how)
-    return descriptor.encoded or [descriptor]
+@functools.cache
+def _kind(*kinds: tuple[torch.dtype, Box]) -> object:
+    """One object for each, known by its identity: a launch's key is found sooner by that than by what it stands for."""
+    return object()
+
+
+class Descriptors:
+    """Those that a kernel takes one after the other, as one argument of `relaunch.launch`."""
+
+    def __init__(self, *members: Any) -> None:
+        self.members, self.kind, self.encoded = members, _kind(*[x.kind for x in members]), ()
+
+    def encode(self) -> tuple[Any, ...]:
+        """What Triton's launcher hands to C for them: of each a tensor map, shape and strides. Only after `agree`."""
+        values: list[Any] = []
+        for descriptor in self.members:
+            how, make = _ways[descriptor.kind]
+            values += make(descriptor, how)
+        self.encoded = tuple(values)
+        return self.encoded
 
 
 def agree(descriptor: Any, how: Any, make: Callable[[Any, Any], list[Any]]) -> bool:

@@ -4,6 +4,7 @@ run time, and nothing is compiled again when only the batch changes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from gdnir.errors import ShapeError
 from gdnir.lowering import tables
-from gdnir.lowering.descriptors import Box, describe
+from gdnir.lowering.descriptors import Box, Descriptors, describe
 from gdnir.lowering.relaunch import launch
 from gdnir.lowering.triton_launch import _metadata, _strides
 from gdnir.platforms import PLATFORMS, copy_bandwidth
@@ -34,15 +35,12 @@ _TABLES = tables.load(
         "single": _CARRY,
         "pair": _CARRY,
         "summary": {"NSTG": _STAGES, **_LAUNCH},
-        "starts": {"STAGES": _STAGES, "num_warps": _WARPS, "launch_pdl": _BOOL},
         # 200 registers: 8 programs of one warp on each multiprocessor. More of them with fewer registers are slower.
         "prep": {"num_warps": _WARPS, "maxnreg": _REGISTERS},
     },
 )
 # The kernels are Hopper's alone, so one kind of GPU is all there is.
-SINGLE, PAIR, SUMMARY, STARTS, PREP = (
-    _TABLES[name]["default"] for name in ("single", "pair", "summary", "starts", "prep")
-)
+SINGLE, PAIR, SUMMARY, PREP = (_TABLES[name]["default"] for name in ("single", "pair", "summary", "prep"))
 PREP_FILL = 7
 """Programs of prep for each multiprocessor, at least, before heads share one."""
 
@@ -67,78 +65,46 @@ def delta_rule_prefill(
     for the shapes). Returns o [T, HV, 128], contiguous. A slot >= S sets seq.error. Raises ShapeError beyond 2^23 heads x
     chunks.
     """
-    (tokens, heads, _), key_heads = v.shape, k.shape[1]
-    dtype, device, count = v.dtype, v.device, seq.num_seqs
+    (tokens, heads, _), key_heads, dtype, count = v.shape, k.shape[1], v.dtype, seq.num_seqs
     o = v.new_empty(tokens, heads, HEAD)
     if count == 0 or heads == 0:
         return o.zero_()  # no row owns a token
-    numbers = tokens // CHUNK + count
-    if numbers * heads >= 1 << 23:
-        raise ShapeError(
-            "gated_delta_rule",
-            "v, seq",
-            expected="fewer than 2^23 chunks x heads on provider gluon",
-            got=f"{numbers} chunks x {heads} heads",
-            hint="Cut the batch, or take provider triton.",
-        )
-    prep, segments, kernels, tile, wide, line = _kernels()
-    q, q_tiles = _tiles(q, dtype, (tokens, key_heads, HEAD), tile)
-    k, k_tiles = _tiles(k, dtype, (tokens, key_heads, HEAD), tile)
-    v, v_tiles = _tiles(v, dtype, (tokens, heads, HEAD), tile)
-    written, o_tiles = _tiles(o, dtype, (tokens, heads, HEAD), tile)
-    # The sums of the gates, and behind them T, in v's type: one allocation takes a host less time than two.
-    rows = numbers * heads * CHUNK
-    gates = g.new_empty((4 + CHUNK // 2) * rows)
-    address = gates.data_ptr()
-    gate_lines = describe(address, torch.float32, (4 * rows,), (1,), line)
-    t_tiles = describe(address + 16 * rows, dtype, (rows, CHUNK), (CHUNK, 1), tile)
+    prep, segments, kernels, *_ = _kernels()
+    s_stride, h_stride, *strides = state.stride()
+    plan = _plan(tokens, count, seq.max_len, key_heads, heads, *strides, segment, v.device)
+    space = g.new_empty(plan.space)
+    tiles = _describe(q, k, v, o, space, plan)
+    if tiles is None:  # the copies must live until the kernels are launched
+        q, k, v = _readable(q), _readable(k), _readable(v)
+        tiles = _describe(q, k, v, o if tokens else v, space, plan)
+    of_prep, of_summary, of_carry = tiles
     cu_seqlens, read_slots, write_slots, has_state, error = _metadata(seq)
-    longest, pool, write_stride = seq.max_len, state.shape[0], write_slots.stride()[0]
-    s_stride, h_stride, v_stride, k_stride = state.stride()
-    shared = _shared_heads(numbers * heads, heads // key_heads, device)
+    pool, write_stride = state.shape[0], write_slots.stride()[0]
     launch(
         prep.delta_rule_gluon_prep_kernel,
-        (numbers + 1) * heads // shared,
+        plan.prep_programs,
         (
-            k_tiles, t_tiles, g, beta, gates, o, cu_seqlens, read_slots, write_slots, error, tokens, count, pool,
+            of_prep, g, beta, space, o, cu_seqlens, read_slots, write_slots, error, tokens, count, pool,
             *_strides(g, tokens), *_strides(beta, tokens), write_stride,
         ),
-        _prep_constants(key_heads, heads, shared),
+        plan.prep,
     )  # fmt: skip
-    segment, slots, single = _cut(tokens, count, longest, key_heads, heads, segment, device)
-    starts = gates  # not looked at
-    sizes = tokens, count, pool, slots, segment
-    if slots:
-        starts = g.new_empty(2 * slots, heads, HEAD, HEAD)
-        steps = g.new_empty(slots, heads, HEAD, HEAD, dtype=torch.float16)
-        lines = slots * heads * HEAD
-        start_tiles = describe(starts.data_ptr(), torch.float32, (2 * lines, HEAD), (HEAD, 1), wide)
-        step_tiles = describe(steps.data_ptr(), torch.float16, (lines, HEAD), (HEAD, 1), tile)
+    sizes = tokens, count, pool, plan.slots, plan.segment
+    if plan.slots:
         launch(
             segments.delta_rule_gluon_summary_kernel,
-            (2 * count + 4 * slots) * heads,
-            (
-                k_tiles, v_tiles, t_tiles, gate_lines, start_tiles, step_tiles, state, starts, cu_seqlens, read_slots,
-                has_state, *sizes, s_stride, h_stride,
-            ),
-            _summary_constants(key_heads, heads, v_stride, k_stride),
-        )  # fmt: skip
-        if longest > 2 * segment * CHUNK:
-            launch(
-                segments.delta_rule_gluon_starts_kernel,
-                count * heads * 2,
-                (start_tiles, step_tiles, cu_seqlens, read_slots, tokens, count, pool, segment),
-                _starts_constants(heads),
-            )
-    constants = _carry_constants(key_heads, heads, v_stride, k_stride, single, slots > 0)
+            plan.summary_programs,
+            (of_summary, state, space, cu_seqlens, read_slots, has_state, *sizes, s_stride, h_stride),
+            plan.summary,
+        )
     launch(
         kernels.delta_rule_gluon_kernel,
-        (count + slots) * heads * (2 // constants["NWG"]),
+        plan.carry_programs,
         (
-            q_tiles, k_tiles, v_tiles, t_tiles, gate_lines, o_tiles, o, state, cu_seqlens, read_slots, write_slots,
-            has_state, starts, *sizes, s_stride, h_stride, write_stride, scale, math.log2(scale),
+            of_carry, o, state, cu_seqlens, read_slots, write_slots, has_state, space, *sizes, s_stride, h_stride, write_stride,
+            scale, math.log2(scale),
         ),
-        constants,
+        plan.carry,
     )  # fmt: skip
     return o
 
@@ -153,14 +119,119 @@ def _kernels() -> tuple[Any, Any, Any, Box, Box, Box]:
     return delta_rule_gluon_prep, delta_rule_gluon_segments, delta_rule_gluon, tile, wide, line
 
 
-def _tiles(x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], box: Box) -> tuple[Tensor, Any]:
-    """x of this dtype and shape and its descriptor as a matrix; a copy if TMA cannot read x. What is returned must live until it
-    is launched with."""
-    tiles = describe(x.data_ptr(), dtype, shape, x.stride(), box)
-    if tiles is None:
-        x = x.clone(memory_format=torch.contiguous_format) if shape[0] else x.new_empty(1, *shape[1:])
-        tiles = describe(x.data_ptr(), dtype, (shape[0] or 1, *shape[1:]), x.stride(), box)
-    return x, tiles
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """All that follows from the shapes of a batch, found once."""
+
+    heads: tuple[int, int]
+    tokens: int
+    segment: int  # chunks
+    slots: int  # for segments; 0: no sequence is cut
+    space: int  # f32 between the kernels: rows of 64 gates, four for each chunk and head; T in v's type; starts f32; steps f16
+    rows: int  # of T
+    lines: int  # of steps
+    prep_programs: int
+    prep: dict[str, Any]
+    summary_programs: int
+    summary: dict[str, Any]
+    carry_programs: int
+    carry: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    tokens: int,
+    count: int,
+    longest: int,
+    key_heads: int,
+    heads: int,
+    v_stride: int,
+    k_stride: int,
+    segment: int | None,
+    device: torch.device,
+) -> _Plan:
+    """Raises ShapeError beyond 2^23 heads x chunks."""
+    numbers = tokens // CHUNK + count
+    if numbers * heads >= 1 << 23:
+        raise ShapeError(
+            "gated_delta_rule",
+            "v, seq",
+            expected="fewer than 2^23 chunks x heads on provider gluon",
+            got=f"{numbers} chunks x {heads} heads",
+            hint="Cut the batch, or take provider triton.",
+        )
+    segment, slots, single = _cut(tokens, count, longest, key_heads, heads, segment, device)
+    shared = _shared_heads(numbers * heads, heads // key_heads, device)
+    carry = _carry_constants(key_heads, heads, v_stride, k_stride, single, slots > 0)
+    rows, lines = numbers * heads * CHUNK, slots * heads * HEAD
+    return _Plan(
+        heads=(key_heads, heads),
+        tokens=tokens,
+        segment=segment,
+        slots=slots,
+        space=(4 + CHUNK // 2) * rows + (2 * HEAD + HEAD // 2) * lines,
+        rows=rows,
+        lines=lines,
+        prep_programs=(numbers + 1) * heads // shared,
+        prep=_prep_constants(key_heads, heads, shared),
+        summary_programs=(2 * count + 4 * slots) * heads,
+        summary=_summary_constants(key_heads, heads, v_stride, k_stride),
+        carry_programs=(count + slots) * heads * (2 // carry["NWG"]),
+        carry=carry,
+    )
+
+
+def _describe(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, space: Tensor, plan: _Plan
+) -> tuple[Descriptors, Descriptors, Descriptors] | None:
+    """What prep, summary and carry take; None if TMA cannot read q, k or v."""
+    return _descriptors(
+        q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), v.dtype, o.data_ptr(), space.data_ptr(), plan
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptors(
+    q: int,
+    q_strides: tuple[int, ...],
+    k: int,
+    k_strides: tuple[int, ...],
+    v: int,
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    o: int,
+    space: int,
+    plan: _Plan,
+) -> tuple[Descriptors, Descriptors, Descriptors] | None:
+    """Of addresses, which an allocator gives again."""
+    _, _, _, tile, wide, line = _kernels()
+    (key_heads, heads), tokens = plan.heads, plan.tokens or 1
+    keys, values = (tokens, key_heads, HEAD), (tokens, heads, HEAD)
+    transform = space + 16 * plan.rows
+    t_tiles = start_tiles = step_tiles = describe(transform, dtype, (plan.rows, CHUNK), (CHUNK, 1), tile)
+    if plan.slots:  # or they are not looked at
+        starts = transform + 2 * CHUNK * plan.rows
+        start_tiles = describe(starts, torch.float32, (2 * plan.lines, HEAD), (HEAD, 1), wide)
+        step_tiles = describe(starts + 8 * HEAD * plan.lines, torch.float16, (plan.lines, HEAD), (HEAD, 1), tile)
+    q_tiles, k_tiles = describe(q, dtype, keys, q_strides, tile), describe(k, dtype, keys, k_strides, tile)
+    v_tiles = describe(v, dtype, values, v_strides, tile)
+    if q_tiles is None or k_tiles is None or v_tiles is None:
+        return None
+    o_tiles = describe(o, dtype, values, (heads * HEAD, HEAD, 1), tile)
+    gates = describe(space, torch.float32, (4 * plan.rows,), (1,), line)
+    between = t_tiles, gates, start_tiles, step_tiles
+    return (
+        Descriptors(k_tiles, t_tiles),
+        Descriptors(k_tiles, v_tiles, *between),
+        Descriptors(q_tiles, k_tiles, v_tiles, o_tiles, *between),
+    )
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x or a copy of it, which TMA can read; of no tokens, room for one."""
+    if describe(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), _kernels()[3]) is not None:
+        return x
+    return x.clone(memory_format=torch.contiguous_format) if x.shape[0] else x.new_empty(1, *x.shape[1:])
 
 
 @functools.lru_cache(maxsize=256)
@@ -174,11 +245,6 @@ def _summary_constants(key_heads: int, heads: int, v_stride: int, k_stride: int)
 
 
 @functools.lru_cache(maxsize=256)
-def _starts_constants(heads: int) -> dict[str, Any]:
-    return {"HV": heads, **STARTS}
-
-
-@functools.lru_cache(maxsize=256)
 def _carry_constants(
     key_heads: int, heads: int, v_stride: int, k_stride: int, single: bool, cut: bool
 ) -> dict[str, Any]:
@@ -186,7 +252,6 @@ def _carry_constants(
     return {**shape, "CUT": cut, **(SINGLE if single else PAIR)}
 
 
-@functools.lru_cache(maxsize=1024)
 def _cut(
     tokens: int, count: int, longest: int, key_heads: int, heads: int, segment: int | None, device: torch.device
 ) -> tuple[int, int, bool]:
@@ -203,7 +268,6 @@ def _cut(
     return segment, slots, single <= pair
 
 
-@functools.lru_cache(maxsize=1024)
 def _shared_heads(tiles: int, group: int, device: torch.device) -> int:
     """Value heads for which one program of `prep` takes a chunk's keys: all of the key head's, as long as all cores have work."""
     cores, _ = _facts(device)

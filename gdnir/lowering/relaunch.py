@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdnir.lowering.descriptors import encode
+from gdnir.lowering.descriptors import Descriptors
 from gdnir.lowering.direct import Again, direct
 
 MOST = 1024
@@ -26,7 +26,7 @@ _launchers: dict[tuple[int, int], tuple[Any, dict[str, Any], Callable[..., None]
 def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
     """`kernel[(programs,)](*args, **constants)`, on the arguments' device and its current stream.
 
-    `args` are the kernel's first arguments, all that are not constexpr. `constants` are the others, and options, in a dict that
+    `args` are the kernel's first arguments, all that are not constexpr; TMA descriptors as `Descriptors`. `constants` are the others, and options, in a dict that
     the caller keeps and never changes: it is known by its identity. Launches with the same one have tensors, and None, in the
     same places. Only what CUDA runs is relaunched: interpreted kernels, those on ROCm (where Triton also looks at the sizes of
     tensors), and all while a profiler hooks into launches are launched by Triton. Raises KeyError or TypeError for arguments that
@@ -51,9 +51,14 @@ def _launcher(kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> Ca
 
     def plainly(programs: int, *args: Any) -> None:
         with _on(args):
-            kernel[(programs,)](*args, **constants)
+            kernel[(programs,)](*_singly(args), **constants)
 
     return plainly
+
+
+def _singly(args: Sequence[Any]) -> list[Any]:
+    """As the kernel takes them."""
+    return [x for given in args for x in (given.members if type(given) is Descriptors else (given,))]
 
 
 def _on(args: Sequence[Any]) -> AbstractContextManager[Any]:
@@ -77,7 +82,7 @@ class Relaunch:
         self.enter, self.leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         self.entering, self.leaving = (getattr(hook, "calls", hook) for hook in (self.enter, self.leave))
         self.before = kernel.pre_run_hooks
-        self.tail = tuple([constants[p.name] for p in kernel.params[len(args) :]])
+        self.tail = tuple([constants[p.name] for p in kernel.params[len(_singly(args)) :]])
         self.known: dict[Any, Again | None] = {}  # None: Triton launches it
         self.current_device = driver.active.get_current_device
         if self.current_device is torch.cuda.current_device:  # which first asks whether CUDA is initialised
@@ -92,6 +97,7 @@ class Relaunch:
             with _on(args):
                 self.launch(programs, *args)
             return
+        args = _singly(args)
         compiled = self.kernel[(programs,)](*args, **self.constants)
         if key not in self.known and not elsewhere:
             if len(self.known) >= MOST:
@@ -111,18 +117,22 @@ def _written(to: Relaunch, args: Sequence[Any]) -> Callable[..., None]:
 
     Its text is written here, as Triton writes its binder: a loop over 40 arguments takes as long as that.
     """
-    device, key, values = "", [], []
-    for i, (x, p) in enumerate(zip(args, to.kernel.params, strict=False)):
+    device, key, values, params = "", [], [], iter(to.kernel.params)
+    for i, x in enumerate(args):
         a = value = f"a{i}"
+        if type(x) is Descriptors:
+            key.append(f"{a}.kind")
+            values.append(f"*({a}.encoded or {a}.encode())")
+            for _ in x.members:
+                next(params)
+            continue
+        p = next(params)
         if p.is_constexpr:
             raise TypeError(f"{p.name} is constexpr, and belongs to the constants")
         if isinstance(x, Tensor):
             device, value = device or f"{a}.get_device()", f"p{i}"
             aligned = not p.do_not_specialize and not p.do_not_specialize_on_alignment
             key += [f"{a}.dtype", *[f"p{i} % 16"] * aligned]
-        elif type(x).__name__ == "TensorDescriptor":
-            value = f"*({a}.encoded or encode({a}))"
-            key.append(f"{a}.kind")
         elif type(x) is int:
             # Triton asks for 1 and multiples of 16. What it asks that of is strides: their values are as few.
             key.append(f"{a} >> 31" if p.do_not_specialize else a)
@@ -145,7 +155,7 @@ def _written(to: Relaunch, args: Sequence[Any]) -> Callable[..., None]:
         f"    else:\n"
         f"        again(programs, current_stream(device), ({', '.join(values)}, *tail))\n"
     )
-    scope: dict[str, Any] = {"encode": encode, "anew": to.anew, **vars(to)}
+    scope: dict[str, Any] = {"anew": to.anew, **vars(to)}
     exec(compile(source, "<launch>", "exec"), scope)  # noqa: S102 - built above, of our own names only
     launch: Callable[..., None] = scope["launch"]
     return launch

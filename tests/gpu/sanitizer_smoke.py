@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitizer_smoke.py
     compute-sanitizer --tool racecheck python tests/gpu/sanitizer_smoke.py decode verify   # cases whose names have a word
+    python tests/gpu/racecheck.py                                                          # the same, findings sorted
     python tests/gpu/sanitizer_smoke.py --list
 
 A first run without the tool compiles the kernels, so that only their execution is slow under it. Each tensor is an
@@ -26,6 +27,8 @@ import triton_cases as base
 import triton_cases_gluon as gluon
 import triton_cases_rule as rule
 import triton_cases_step as step
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon as gluon_language
 
 from gdnir.lowering import triton_launch, triton_step
 
@@ -35,6 +38,18 @@ BF16, F32 = torch.bfloat16, torch.float32
 PREFILL = ((5, True, 1, 1), (66, False, 0, 0), (0, True, 2, 2), (3, True, -1, 3), (1, True, 3, 4))
 HEADS = (2, 4, 128, 128)
 ODD = (1, 2, 24, 48)  # no powers of two: masked lanes
+
+
+@gluon_language.jit
+def _write(out, value, at, WARPS: gl.constexpr):
+    gl.store(out + at + gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0])), value)
+
+
+@gluon_language.jit
+def handover_kernel(out, source):
+    value = gl.load(source)  # or there is nothing to capture
+    out += gl.program_id(0) * 256
+    gl.warp_specialize([(_write, (out, value, 0, 4)), (_write, (out, value, 128, 1))], [1], [24])
 
 
 def tensor(*shape, dtype=BF16):
@@ -103,6 +118,13 @@ def wgmma(schedule, segment):
         return gluon.run(case, seq, inputs, pool), pool
 
 
+def handover():
+    """Partitions that do next to nothing: what a tool says here it says of Triton's `warp_specialize`."""
+    out = torch.zeros(40, 256, dtype=torch.int32, device=DEVICE)
+    handover_kernel[(40,)](out, torch.ones(1, dtype=torch.int32, device=DEVICE), num_warps=4)
+    return (out,)
+
+
 CASES = {
     "conv-prefill": lambda: conv("prefill"),
     "conv-prefill-wc": lambda: conv("prefill", "wc"),
@@ -128,6 +150,7 @@ CASES = {
     "gate": lambda: triton_step.gdn_gate(
         tensor(17, 6), tensor(17, 6), tensor(6, dtype=F32), tensor(6, dtype=F32), allow_neg_eigval=True
     ),
+    "gluon-handover": handover,
     "gluon-single": lambda: wgmma("single", 0),
     "gluon-pair": lambda: wgmma("pair", 0),
     "gluon-single-segments": lambda: wgmma("single", 1),

@@ -20,7 +20,7 @@ from triton_cases import HOPPER, ON_GPU
 
 import gdnir
 import gdnir.kernels
-from gdnir.lowering import triton_launch, triton_rule, triton_step
+from gdnir.lowering import relaunch, triton_launch, triton_rule, triton_step
 
 pytestmark = ON_GPU
 HEADS = (2, 4, 128, 128)
@@ -143,7 +143,7 @@ def built(request, monkeypatch):
         if not HOPPER:
             pytest.skip("needs a GPU with sm_90")
         gluon.only(request.param.split("-")[1], monkeypatch)
-        monkeypatch.setattr(gluon.gluon_rule, "_shared_heads", lambda *_: 1)  # which also follows from the batch's size
+        monkeypatch.setattr(gluon.gluon_rule, "_shared_heads", lambda *_: 1)  # which also follows from the size of a batch
     return BUILD[request.param]
 
 
@@ -201,7 +201,9 @@ def test_launches_again_give_the_bits_of_triton_s(built, monkeypatch):
 
     ours = [run() for _ in range(3)]
     for module in (triton_launch, triton_rule, triton_step, gluon.gluon_rule):
-        monkeypatch.setattr(module, "launch", lambda kernel, programs, args, named: kernel[(programs,)](*args, **named))
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, programs, args, named: kernel[(programs,)](*relaunch._singly(args), **named)
+        )
     theirs = run()
     for one in ours:
         assert all(map(torch.equal, one, theirs))
