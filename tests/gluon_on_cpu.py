@@ -390,6 +390,7 @@ def gluon_on_cpu(seed=0, of="", **instead):
         delta_rule_gluon_segments,
         delta_rule_gluon_starts,
     )
+    from gdnir.lowering import gluon_rule
 
     modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
     found = [(m, name) for m in modules for name in vars(m) if name.endswith("_kernel")]
@@ -397,11 +398,17 @@ def gluon_on_cpu(seed=0, of="", **instead):
     interval = sys.getswitchinterval()
     for module, name in found:
         changed = instead if of in name else {}
-        setattr(module, name, Launched(types.SimpleNamespace(**vars(module)), name, vars(delta_rule_gluon_starts), seed, changed))
+        setattr(
+            module,
+            name,
+            Launched(types.SimpleNamespace(**vars(module)), name, vars(delta_rule_gluon_starts), seed, changed),
+        )
     sys.setswitchinterval(1e-4)
+    gluon_rule._plan.cache_clear()  # plans know kernels
     try:
         yield
     finally:
         sys.setswitchinterval(interval)
+        gluon_rule._plan.cache_clear()
         for (module, name), original in zip(found, originals, strict=True):
             setattr(module, name, original)

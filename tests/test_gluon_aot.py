@@ -22,6 +22,7 @@ import triton_cases_gluon as cases  # noqa: E402
 from test_triton_aot import TARGETS, Compiling, StubDriver, resources  # noqa: E402
 
 from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments  # noqa: E402
+from gdnir.lowering import gluon_rule  # noqa: E402
 
 KERNELS = {
     "prep": (delta_rule_gluon_prep, "delta_rule_gluon_prep_kernel"),
@@ -42,7 +43,9 @@ def compiled(monkeypatch):
     monkeypatch.setattr(disasm, "FLINE_RE", re.compile(disasm.FLINE_RE.pattern.replace(r"\w{4}\*", r"\w{4,}\*")))
     for name, (module, kernel) in KERNELS.items():
         monkeypatch.setattr(module, kernel, Compiling(ORIGINALS[name], found))
+    gluon_rule._plan.cache_clear()  # plans know kernels
     yield found
+    gluon_rule._plan.cache_clear()
     triton.runtime.driver._active = active
 
 

@@ -23,7 +23,7 @@ from cuda_stand_in import cuda_stand_in  # noqa: E402
 
 from gdnir.lowering import descriptors, gluon_rule, relaunch, triton_launch, triton_rule, triton_step  # noqa: E402
 from gdnir.lowering.direct import direct  # noqa: E402
-from gdnir.lowering.relaunch import Relaunch, launch  # noqa: E402
+from gdnir.lowering.relaunch import Relaunch, Step, Steps, launch  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["sliced"])
@@ -54,13 +54,13 @@ def binder(driver):
 
 def splitter(args):
     """A function of arguments like these: (key, what C takes), as a launch has them."""
-    seen, relaunch_ = [], Relaunch(kernel_, args, {"BLOCK": 32, "FLAG": True})
-    known = types.SimpleNamespace(get=lambda key: seen.append(key) or (lambda *launched: seen.append(launched[-1])))
+    seen, relaunch_ = [], Relaunch([Step(kernel_, {"BLOCK": 32, "FLAG": True}, range(len(args)))], args)
+    known = types.SimpleNamespace(get=lambda key: seen.append(key) or [lambda *launched: seen.append(launched[-1])])
     relaunch_.launch.__globals__.update(known=known, current_device=lambda: -1)
 
     def split(*args):
         seen.clear()
-        relaunch_.launch(1, *args)
+        relaunch_.launch([1], *args)
         return seen
 
     return split
@@ -104,7 +104,7 @@ def test_another_type_of_number_or_a_tensor_for_none_has_another_key(driver):
 )
 def test_arguments_that_are_missing_or_unknown(binder, args, constants, error):
     with pytest.raises(error):
-        Relaunch(kernel_, args, constants)
+        Relaunch([Step(kernel_, constants, range(len(args)))], args)
 
 
 def test_without_a_gpu_triton_launches():
@@ -140,19 +140,24 @@ def both(cuda, monkeypatch):
     relaunch._launchers.clear()
     spared = []
 
-    def twice(kernel, programs, args, constants):
-        runs = []
+    def twice(steps, programs, args):
+        runs, kernels = [], [step.kernel for step in steps.steps]
         with pytest.MonkeyPatch.context() as patch:
-            plain = type(kernel).run
-            patch.setattr(type(kernel), "run", lambda self, *a, **k: runs.append(self) or plain(self, *a, **k))
-            launch(kernel, programs, args, constants)
-        kernel[(programs,)](*relaunch._singly(args), **constants)
-        ours, theirs = cuda.launches[-2:]
-        assert ours == theirs, kernel
-        spared.append((kernel.__name__, not runs))
+            plain = type(kernels[0]).run
+            patch.setattr(type(kernels[0]), "run", lambda self, *a, **k: runs.append(self) or plain(self, *a, **k))
+            relaunch.launch_all(steps, programs, args)
+        relaunch.by_triton(steps.steps, programs, args)
+        theirs = cuda.launches[-len(kernels) :]
+        assert cuda.launches[-2 * len(kernels) : -len(kernels)] == theirs, kernels
+        spared.extend((kernel.__name__, kernel not in runs) for kernel in kernels)
 
-    for module in (gluon_rule, triton_launch, triton_rule, triton_step):
-        monkeypatch.setattr(module, "launch", twice)
+    monkeypatch.setattr(gluon_rule, "launch_all", twice)
+    for module in (triton_launch, triton_rule, triton_step):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, programs, args, constants: twice(
+                Steps(Step(kernel, constants, range(len(args)))), (programs,), args
+            ),
+        )  # fmt: skip
     return spared
 
 

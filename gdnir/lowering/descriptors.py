@@ -47,7 +47,13 @@ def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: 
         sizes, steps = [rows, heads * width], [row if rows > 1 else heads * width, unit]
         if (head != width and heads > 1) or steps[0] < sizes[1]:
             return None
-    if 0 in sizes or not pointer or steps[-1] != 1 or pointer % 16 or any(step * dtype.itemsize % 16 for step in steps[:-1]):
+    if (
+        0 in sizes
+        or not pointer
+        or steps[-1] != 1
+        or pointer % 16
+        or any(step * dtype.itemsize % 16 for step in steps[:-1])
+    ):
         return None
     made = TensorDescriptor(_Address(pointer, dtype), sizes, steps, box.shape, box.layout)
     made.kind = dtype, box

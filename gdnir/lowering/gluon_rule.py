@@ -15,7 +15,7 @@ from torch import Tensor
 from gdnir.errors import ShapeError
 from gdnir.lowering import tables
 from gdnir.lowering.descriptors import Box, Descriptors, describe
-from gdnir.lowering.relaunch import launch
+from gdnir.lowering.relaunch import Step, Steps, launch_all
 from gdnir.lowering.triton_launch import _metadata, _strides
 from gdnir.platforms import PLATFORMS, copy_bandwidth
 
@@ -28,12 +28,12 @@ CHUNK = 64
 # the second of these warpgroups and in the one that computes P; the first gets what is left of maxnreg for each thread.
 _REGISTERS, _STAGES, _WARPS, _BOOL = range(0, 256, 8), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8), (True, False)
 _LAUNCH = {"num_warps": _WARPS, "maxnreg": _REGISTERS, "launch_pdl": _BOOL}
-_CARRY = {"NWG": (1, 2), "NSTG": _STAGES, "RC": _REGISTERS, "RP": _REGISTERS, "EARLY": _BOOL, **_LAUNCH}
+_RULE = {"NWG": (1, 2), "NSTG": _STAGES, "RC": _REGISTERS, "RP": _REGISTERS, "EARLY": _BOOL, **_LAUNCH}
 _TABLES = tables.load(
     "gluon_rule",
     {
-        "single": _CARRY,
-        "pair": _CARRY,
+        "single": _RULE,
+        "pair": _RULE,
         "summary": {"NSTG": _STAGES, **_LAUNCH},
         # 200 registers: 8 programs of one warp on each multiprocessor. More of them with fewer registers are slower.
         "prep": {"num_warps": _WARPS, "maxnreg": _REGISTERS},
@@ -41,6 +41,45 @@ _TABLES = tables.load(
 )
 # The kernels are Hopper's alone, so one kind of GPU is all there is.
 SINGLE, PAIR, SUMMARY, PREP = (_TABLES[name]["default"] for name in ("single", "pair", "summary", "prep"))
+# What the kernels take of the arguments, in their order.
+_ARGS = [
+    "of_prep",
+    "of_summary",
+    "of_carry",
+    "g",
+    "beta",
+    "o",
+    "state",
+    "cu_seqlens",
+    "read_slots",
+    "write_slots",
+    "has_state",
+    "error",
+    "space",
+    "T",
+    "N",
+    "S",
+    "slots",
+    "segment",
+    "stride_gt",
+    "stride_gh",
+    "stride_bt",
+    "stride_bh",
+    "stride_s",
+    "stride_sh",
+    "stride_wn",
+    "scale",
+    "lscale",
+]
+_PREP, _SUMMARY, _CARRY = (
+    tuple(map(_ARGS.index, names.split()))
+    for names in (
+        "of_prep g beta space o cu_seqlens read_slots write_slots error T N S stride_gt stride_gh stride_bt stride_bh stride_wn",
+        "of_summary state space cu_seqlens read_slots has_state T N S slots segment stride_s stride_sh",
+        "of_carry o state cu_seqlens read_slots write_slots has_state space T N S slots segment stride_s stride_sh stride_wn "
+        "scale lscale",
+    )
+)
 PREP_FILL = 7
 """Programs of prep for each multiprocessor, at least, before heads share one."""
 
@@ -69,7 +108,6 @@ def delta_rule_prefill(
     o = v.new_empty(tokens, heads, HEAD)
     if count == 0 or heads == 0:
         return o.zero_()  # no row owns a token
-    prep, segments, kernels, *_ = _kernels()
     s_stride, h_stride, *strides = state.stride()
     plan = _plan(tokens, count, seq.max_len, key_heads, heads, *strides, segment, v.device)
     space = g.new_empty(plan.space)
@@ -77,35 +115,11 @@ def delta_rule_prefill(
     if tiles is None:  # the copies must live until the kernels are launched
         q, k, v = _readable(q), _readable(k), _readable(v)
         tiles = _describe(q, k, v, o if tokens else v, space, plan)
-    of_prep, of_summary, of_carry = tiles
-    cu_seqlens, read_slots, write_slots, has_state, error = _metadata(seq)
-    pool, write_stride = state.shape[0], write_slots.stride()[0]
-    launch(
-        prep.delta_rule_gluon_prep_kernel,
-        plan.prep_programs,
-        (
-            of_prep, g, beta, space, o, cu_seqlens, read_slots, write_slots, error, tokens, count, pool,
-            *_strides(g, tokens), *_strides(beta, tokens), write_stride,
-        ),
-        plan.prep,
+    args = (
+        *tiles, g, beta, o, state, *_metadata(seq), space, tokens, count, state.shape[0], plan.slots, plan.segment,
+        *_strides(g, tokens), *_strides(beta, tokens), s_stride, h_stride, seq.write_slots.stride()[0], scale, math.log2(scale),
     )  # fmt: skip
-    sizes = tokens, count, pool, plan.slots, plan.segment
-    if plan.slots:
-        launch(
-            segments.delta_rule_gluon_summary_kernel,
-            plan.summary_programs,
-            (of_summary, state, space, cu_seqlens, read_slots, has_state, *sizes, s_stride, h_stride),
-            plan.summary,
-        )
-    launch(
-        kernels.delta_rule_gluon_kernel,
-        plan.carry_programs,
-        (
-            of_carry, o, state, cu_seqlens, read_slots, write_slots, has_state, space, *sizes, s_stride, h_stride, write_stride,
-            scale, math.log2(scale),
-        ),
-        plan.carry,
-    )  # fmt: skip
+    launch_all(plan.steps, plan.programs, args)
     return o
 
 
@@ -130,12 +144,8 @@ class _Plan:
     space: int  # f32 between the kernels: rows of 64 gates, four for each chunk and head; T in v's type; starts f32; steps f16
     rows: int  # of T
     lines: int  # of steps
-    prep_programs: int
-    prep: dict[str, Any]
-    summary_programs: int
-    summary: dict[str, Any]
-    carry_programs: int
-    carry: dict[str, Any]
+    steps: Steps  # prep, summary if sequences are cut, and carry
+    programs: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -164,6 +174,18 @@ def _plan(
     shared = _shared_heads(numbers * heads, heads // key_heads, device)
     carry = _carry_constants(key_heads, heads, v_stride, k_stride, single, slots > 0)
     rows, lines = numbers * heads * CHUNK, slots * heads * HEAD
+    prep, segments, kernels, *_ = _kernels()
+    steps = [
+        (
+            Step(prep.delta_rule_gluon_prep_kernel, _prep_constants(key_heads, heads, shared), _PREP),
+            (numbers + 1) * heads // shared,
+        ),
+        (Step(kernels.delta_rule_gluon_kernel, carry, _CARRY), (count + slots) * heads * (2 // carry["NWG"])),
+    ]
+    if slots:
+        summary = _summary_constants(key_heads, heads, v_stride, k_stride)
+        step = Step(segments.delta_rule_gluon_summary_kernel, summary, _SUMMARY)
+        steps.insert(1, (step, (2 * count + 4 * slots) * heads))
     return _Plan(
         heads=(key_heads, heads),
         tokens=tokens,
@@ -172,12 +194,8 @@ def _plan(
         space=(4 + CHUNK // 2) * rows + (2 * HEAD + HEAD // 2) * lines,
         rows=rows,
         lines=lines,
-        prep_programs=(numbers + 1) * heads // shared,
-        prep=_prep_constants(key_heads, heads, shared),
-        summary_programs=(2 * count + 4 * slots) * heads,
-        summary=_summary_constants(key_heads, heads, v_stride, k_stride),
-        carry_programs=(count + slots) * heads * (2 // carry["NWG"]),
-        carry=carry,
+        steps=Steps(*[step for step, _ in steps]),
+        programs=tuple([programs for _, programs in steps]),
     )
 
 

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 import torch
+import triton.experimental.gluon.language as gl
 import triton_cases as base
 import triton_cases_gluon as gluon
 import triton_cases_rule as rule
 import triton_cases_step as step
-import triton.experimental.gluon.language as gl
 from triton.experimental import gluon as gluon_language
 
 from gdnir.lowering import triton_launch, triton_step

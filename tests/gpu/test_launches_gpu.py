@@ -143,7 +143,9 @@ def built(request, monkeypatch):
         if not HOPPER:
             pytest.skip("needs a GPU with sm_90")
         gluon.only(request.param.split("-")[1], monkeypatch)
-        monkeypatch.setattr(gluon.gluon_rule, "_shared_heads", lambda *_: 1)  # which also follows from the size of a batch
+        monkeypatch.setattr(
+            gluon.gluon_rule, "_shared_heads", lambda *_: 1
+        )  # which also follows from the size of a batch
     return BUILD[request.param]
 
 
@@ -200,10 +202,9 @@ def test_launches_again_give_the_bits_of_triton_s(built, monkeypatch):
         return [base.bits(x).clone() for x in (*launch(), *states)]
 
     ours = [run() for _ in range(3)]
-    for module in (triton_launch, triton_rule, triton_step, gluon.gluon_rule):
-        monkeypatch.setattr(
-            module, "launch", lambda kernel, programs, args, named: kernel[(programs,)](*relaunch._singly(args), **named)
-        )
+    for module in (triton_launch, triton_rule, triton_step):
+        monkeypatch.setattr(module, "launch", lambda kernel, programs, args, named: kernel[(programs,)](*args, **named))
+    monkeypatch.setattr(gluon.gluon_rule, "launch_all", lambda steps, *given: relaunch.by_triton(steps.steps, *given))
     theirs = run()
     for one in ours:
         assert all(map(torch.equal, one, theirs))
