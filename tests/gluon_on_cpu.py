@@ -4,7 +4,9 @@ signalled as often as it is waited for, that nothing is read before it is there,
 memory are ordered, whatever the timing.
 
     with gluon_on_cpu(seed): gluon_impl.gated_delta_rule(...)
-    with gluon_on_cpu(of="starts", fence_async_shared=lambda: None): ...  # what this kernel without fences would do
+    with gluon_on_cpu(of="summary", fence_async_shared=lambda: None): ...  # what this kernel without fences would do
+
+A number that a kernel is given is a tensor here: `x -= 1` would change the argument too.
 
 Where the hardware may do something early or late, it is done as late as the kernel's waits allow: a wgmma computes when it
 is waited for, a TMA store reads shared memory when store_wait says so. Shared memory begins as NaN.

@@ -111,6 +111,25 @@ def test_no_register_is_reused_while_a_product_is_in_flight(compiled, monkeypatc
         assert sass_lint.hazards("\n".join(lines)), kernel.metadata.name
 
 
+@pytest.mark.parametrize("segment", [0, 1])
+@pytest.mark.parametrize("schedule", cases.SCHEDULES)
+def test_no_barrier_lies_where_warp_specialize_hands_over(compiled, monkeypatch, schedule, segment):
+    """Triton gives the memory of barriers that nothing waits for to captured values; their first values may come later."""
+    cases.only(schedule, monkeypatch)
+    launch(cases.Case("", cases.cont(230, 3), heads=(2, 4), segment=segment))
+    for kernel in compiled[1:]:  # prep has no partitions
+        ptx = kernel.asm["ptx"]
+        made = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)
+        barriers = {int(at) for register in made for at in re.findall(rf"add\.s32 \t{register}, %r\d+, (\d+);", ptx)}
+        assert len(barriers) >= 2 * 3
+        handed = [
+            (int(at), int(count or 1) * int(bits) // 8)
+            for count, bits, at in re.findall(r"st\.shared(?:\.v(\d))?\.b(\d+) \t\[global_smem\+(\d+)\]", ptx)
+        ]
+        assert handed
+        assert not [(b, h) for b in barriers for h in handed if b < sum(h) and h[0] < b + 8], kernel.metadata.name
+
+
 def ptxas_says(kernel, tmp_path):
     """What ptxas prints: C7510 to C7519 where it has to wait for each wgmma, which halves the speed."""
     source = tmp_path / "kernel.ptx"

@@ -8,9 +8,10 @@ diag(beta) K K^T, -1))^-1 * exp2(G_i - G_j)) diag(beta):
   S'   = exp2(G_last) S + (NV^T exp2(G_last - G)) K                             [arXiv:2412.06464, arXiv:2406.06484]
 V is the M dimension of every product, so that S, W and NV enter the wgmmas as register operands.
 
-delta_rule_gluon_prep_kernel computes T and the gates, delta_rule_gluon_kernel the rest. Between them:
-  transform, of q's type, [chunks * HV * 64, 64]: T of chunk number c and head h is the tile from row (c HV + h) 64.
+delta_rule_gluon_prep_kernel computes T and the gates, delta_rule_gluon_kernel the rest. Between them, in `space`:
   gates f32 [chunks * HV * 256]: of (c, h) four rows of 64: G, exp2(G), exp2(G_last - G) in the order of _gate_row, and G.
+  transform, of q's type, [chunks * HV * 64, 64]: T of chunk number c and head h is the tile from row (c HV + h) 64.
+  starts, steps: of sequences that are cut, see delta_rule_gluon_segments.py.
   Chunk c of sequence n has the number start_n // 64 + n + c, which no other chunk has; some numbers are free.
 Rows of a last chunk behind its sequence's end: zero in T, rows and columns, and G stays what it was.
 Metadata is read on the device and never trusted: a bad slot or a malformed cu_seqlens must not become a bad address.
@@ -474,10 +475,10 @@ def delta_rule_gluon_kernel(
 ):
     """One sequence and head. NWG = 1: a CTA owns 64 of its 128 V rows. NWG = 2: all of them, in two warpgroups that share the
     tiles of Q, K, T and P (40 % less traffic into the SM). N HV (2 / NWG) programs. CUT: sequences of more than `segment` chunks
-    are in segments, which start where `starts` says; there are `slots` HV (2 / NWG) programs more.
+    are in segments, of which each finds its start; there are `slots` HV (2 / NWG) programs more.
 
-    q_d .. o_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates;
-    state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
+    q_d .. steps_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates, and of
+    rows of 128, starts and steps; state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
     """
     NP: gl.constexpr = 3
     SPLIT: gl.constexpr = 2 // NWG

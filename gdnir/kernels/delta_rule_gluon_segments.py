@@ -1,15 +1,14 @@
-"""Where the segments of long sequences start, in the chunked gated delta rule on Hopper.
+"""What the segments of long sequences do to a state, in the chunked gated delta rule on Hopper.
 
 A segment takes a state S to S M + H: H is its end from zero and M (K x K) that of the identity with V = 0. So all segments
-but the last are followed at the same time (delta_rule_gluon_summary_kernel), without their outputs, then each start is
-found from the one before (delta_rule_gluon_starts_kernel). M, whose entries are at most 1 for unit keys, is rounded to f16: in
-bf16 the states of 8 segments of identical keys without decay would be wrong by 7e-3 instead of 2e-3. S is multiplied in
-two parts of f16, its rows scaled by powers of two, and what is carried over all segments is f32.
+but the last are followed at the same time, without their outputs; delta_rule_gluon_kernel finds each start by these steps
+(delta_rule_gluon_starts.py). M, whose entries are at most 1 for unit keys, is rounded to f16: in bf16 the states of 8 segments of
+identical keys without decay would be wrong by 7e-3 instead of 2e-3.
 
 A sequence of more than `segment` chunks is cut. Its segment j + 1 has the slot start // (64 segment) + j, of which there are
-T // (64 segment): one less than segments, so that no two sequences' meet.
-  starts f32 [2 slots,HV,V,K]: the end of the first segment and H of the next ones, then where a slot's segment starts; from
-    [slots] on, at a sequence's first slot, where its first segment does: the pool's slot may be overwritten by the last one.
+T // (64 segment): one less than segments, so that no two sequences' meet. Behind the gates and T of delta_rule_gluon.py:
+  starts f32 [2 slots,HV,V,K]: the end of the first segment and H of the next ones; from [slots] on, at a sequence's first
+    slot, where its first segment starts: the pool's slot may be overwritten by the last one.
   steps f16 [slots,HV,K,K]: M of the segment before a slot's.
 """
 
@@ -152,7 +151,7 @@ def delta_rule_gluon_summary_kernel(
     NSTG: gl.constexpr,
 ):
     """64 of 128 rows of a first segment's end (2 N HV programs), or of H or M of one in the middle (4 slots HV programs).
-    Operands as in delta_rule_gluon_kernel; starts_d and steps_d are descriptors with boxes of 64 x 64."""
+    Operands as in delta_rule_gluon_kernel."""
     _launch_dependents()
     pid = gl.program_id(0)
     vh = pid % 2

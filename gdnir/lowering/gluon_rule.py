@@ -41,45 +41,21 @@ _TABLES = tables.load(
 )
 # The kernels are Hopper's alone, so one kind of GPU is all there is.
 SINGLE, PAIR, SUMMARY, PREP = (_TABLES[name]["default"] for name in ("single", "pair", "summary", "prep"))
-# What the kernels take of the arguments, in their order.
-_ARGS = [
-    "of_prep",
-    "of_summary",
-    "of_carry",
-    "g",
-    "beta",
-    "o",
-    "state",
-    "cu_seqlens",
-    "read_slots",
-    "write_slots",
-    "has_state",
-    "error",
-    "space",
-    "T",
-    "N",
-    "S",
-    "slots",
-    "segment",
-    "stride_gt",
-    "stride_gh",
-    "stride_bt",
-    "stride_bh",
-    "stride_s",
-    "stride_sh",
-    "stride_wn",
-    "scale",
-    "lscale",
-]
-_PREP, _SUMMARY, _CARRY = (
-    tuple(map(_ARGS.index, names.split()))
-    for names in (
-        "of_prep g beta space o cu_seqlens read_slots write_slots error T N S stride_gt stride_gh stride_bt stride_bh stride_wn",
-        "of_summary state space cu_seqlens read_slots has_state T N S slots segment stride_s stride_sh",
-        "of_carry o state cu_seqlens read_slots write_slots has_state space T N S slots segment stride_s stride_sh stride_wn "
-        "scale lscale",
-    )
-)
+# The arguments of the kernels, and what of them each takes, in its order.
+_ARGS = """of_prep of_summary of_carry g beta o state cu_seqlens read_slots write_slots has_state error space T N S slots segment
+    stride_gt stride_gh stride_bt stride_bh stride_s stride_sh stride_wn scale lscale"""
+
+
+def _places(names: str) -> tuple[int, ...]:
+    args = _ARGS.split()
+    return tuple([args.index(name) for name in names.split()])
+
+
+_PREP = _places("""of_prep g beta space o cu_seqlens read_slots write_slots error T N S stride_gt stride_gh stride_bt stride_bh
+    stride_wn""")
+_SUMMARY = _places("""of_summary state space cu_seqlens read_slots has_state T N S slots segment stride_s stride_sh""")
+_CARRY = _places("""of_carry o state cu_seqlens read_slots write_slots has_state space T N S slots segment stride_s stride_sh stride_wn
+    scale lscale""")
 PREP_FILL = 7
 """Programs of prep for each multiprocessor, at least, before heads share one."""
 
@@ -104,7 +80,7 @@ def delta_rule_prefill(
     for the shapes). Returns o [T, HV, 128], contiguous. A slot >= S sets seq.error. Raises ShapeError beyond 2^23 heads x
     chunks.
     """
-    (tokens, heads, _), key_heads, dtype, count = v.shape, k.shape[1], v.dtype, seq.num_seqs
+    (tokens, heads, _), key_heads, count = v.shape, k.shape[1], seq.num_seqs
     o = v.new_empty(tokens, heads, HEAD)
     if count == 0 or heads == 0:
         return o.zero_()  # no row owns a token
@@ -115,11 +91,12 @@ def delta_rule_prefill(
     if tiles is None:  # the copies must live until the kernels are launched
         q, k, v = _readable(q), _readable(k), _readable(v)
         tiles = _describe(q, k, v, o if tokens else v, space, plan)
+        assert tiles is not None
     args = (
         *tiles, g, beta, o, state, *_metadata(seq), space, tokens, count, state.shape[0], plan.slots, plan.segment,
         *_strides(g, tokens), *_strides(beta, tokens), s_stride, h_stride, seq.write_slots.stride()[0], scale, math.log2(scale),
     )  # fmt: skip
-    launch_all(plan.steps, plan.programs, args)
+    launch_all(plan.launches, plan.programs, args)
     return o
 
 
@@ -144,7 +121,7 @@ class _Plan:
     space: int  # f32 between the kernels: rows of 64 gates, four for each chunk and head; T in v's type; starts f32; steps f16
     rows: int  # of T
     lines: int  # of steps
-    steps: Steps  # prep, summary if sequences are cut, and carry
+    launches: Steps  # prep, summary if sequences are cut, and carry
     programs: tuple[int, ...]
 
 
@@ -175,7 +152,7 @@ def _plan(
     carry = _carry_constants(key_heads, heads, v_stride, k_stride, single, slots > 0)
     rows, lines = numbers * heads * CHUNK, slots * heads * HEAD
     prep, segments, kernels, *_ = _kernels()
-    steps = [
+    launches = [
         (
             Step(prep.delta_rule_gluon_prep_kernel, _prep_constants(key_heads, heads, shared), _PREP),
             (numbers + 1) * heads // shared,
@@ -185,7 +162,7 @@ def _plan(
     if slots:
         summary = _summary_constants(key_heads, heads, v_stride, k_stride)
         step = Step(segments.delta_rule_gluon_summary_kernel, summary, _SUMMARY)
-        steps.insert(1, (step, (2 * count + 4 * slots) * heads))
+        launches.insert(1, (step, (2 * count + 4 * slots) * heads))
     return _Plan(
         heads=(key_heads, heads),
         tokens=tokens,
@@ -194,8 +171,8 @@ def _plan(
         space=(4 + CHUNK // 2) * rows + (2 * HEAD + HEAD // 2) * lines,
         rows=rows,
         lines=lines,
-        steps=Steps(*[step for step, _ in steps]),
-        programs=tuple([programs for _, programs in steps]),
+        launches=Steps(*[step for step, _ in launches]),
+        programs=tuple([programs for _, programs in launches]),
     )
 
 
@@ -301,9 +278,8 @@ SINGLE_SHARE, PAIR_SHARE, FOLLOW_SHARE = 0.86, 0.90, 0.81
 OUTPUT_BYTES, FOLLOW_BYTES, QK_BYTES, K_BYTES = 41 << 10, 25 << 10, 32 << 10, 16 << 10
 # A program loads its state, fills its stages and stores: chunks more of PAIR or SINGLE, and of one that follows.
 OUTPUT_MORE, FOLLOW_MORE = 3.5, 2.0
-# Microseconds of the launches for segments, and of a step from one to the next; since the fit a step takes 0.7 us less, which
-# would not change a choice for the better.
-LAUNCH_US, STEP_US = 3.0, 2.3
+# Microseconds of the launch for segments, and of a step from one to the next.
+LAUNCH_US, STEP_US = 3.0, 2.1
 
 
 def segment_of_heads(k: Tensor, v: Tensor) -> int:

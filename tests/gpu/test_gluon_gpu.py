@@ -47,9 +47,10 @@ def test_malformed_cu_seqlens(cu_seqlens, schedule):
     cases.check_malformed(cu_seqlens, "cuda")
 
 
+@pytest.mark.parametrize("segment", [0, 4])  # else it follows from the batch, unless batch_invariant is asked for
 @pytest.mark.parametrize("heads", [(2, 8), (16, 64)], ids=str)
-def test_bits_do_not_depend_on_neighbours(heads, schedule):
-    cases.check_alone(cases.Case("", cases.cont(3, 65, 0, 130, 1000, 64), heads=heads), "cuda")
+def test_bits_do_not_depend_on_neighbours(heads, segment, schedule):
+    cases.check_alone(cases.Case("", cases.cont(3, 65, 0, 130, 1000, 64), heads=heads, segment=segment), "cuda")
 
 
 @pytest.mark.parametrize("case", [cases.CASES[-4], *cases.LONG], ids=lambda case: case.id)
