@@ -56,9 +56,9 @@ def page(documents):
     lines = [
         "# Performance",
         "",
-        "Written by `benchmarks/plots.py` from `benchmarks/results/`; do not edit. Times are medians of CUDA-graph replays. `fla-core` and",
-        "`FlashInfer` were measured in the same run; columns that begin with H200 were published for that card, and ratios use them on",
-        "that card only.",
+        "Written by `benchmarks/plots.py` from `benchmarks/results/`; do not edit. Times are medians of CUDA-graph replays; for the H100 each",
+        "was waited for, which adds 1 to 10 us of its host's. `fla-core` and `FlashInfer` were measured in the same run; columns that begin",
+        "with H200 were published for that card, and ratios use them on that card only.",
     ]
     for key, document in documents.items():
         env = document["environment"]

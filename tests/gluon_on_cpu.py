@@ -104,6 +104,10 @@ class Shared:
         return self.part(lambda: self.get().view(count, -1, rows, 64).permute(0, 2, 1, 3).reshape(shape), 0, 1, 1)
 
 
+class Deadlock(AssertionError):
+    pass
+
+
 class Barrier:
     def __init__(self):
         self.changed = threading.Condition()
@@ -131,7 +135,7 @@ class Barrier:
                     break
                 assert not local.errors, "another partition failed"
             else:
-                raise AssertionError("deadlock")
+                raise Deadlock
             if self.phase:  # a wait that is over before anything arrived
                 local.clock.acquire(self.phases[-1])
 
