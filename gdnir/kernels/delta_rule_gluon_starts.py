@@ -1,5 +1,5 @@
-"""Where a segment starts, in the carry of the chunked gated delta rule on Hopper: the end of its sequence's first segment, and for
-each segment between S M + H, which delta_rule_gluon_segments.py has computed.
+"""Where a segment starts, in the carry of the chunked gated delta rule on Hopper: S is the end of its sequence's first segment, and each
+segment between takes it to S M + H, of which delta_rule_gluon_segments.py has computed M and H.
 
 Every program goes through all steps before its own segment, of 32 KB of M and 32 KB of H for 64 rows of V, out of the L2 cache. A
 kernel in between, that does each step once, would be a launch more and no sooner at the last segment.
