@@ -4,7 +4,7 @@
 
 Before and after its partitions run, a kernel with `warp_specialize` passes words through shared memory: which partition a warp
 runs, and the values that it captured. Triton 3.6 orders both by `barrier.sync 1`, which all warps take; racecheck (2025.3) loses
-some of these barriers, and calls the words a race now and then, in a kernel that does nothing else as well (`handover`). In the
+some of these barriers, and calls the words a race now and then, in a kernel that does next to nothing else as well (`handover`). In the
 debug information these words have the line of the kernel's definition, or are written at that of `warp_specialize` or of the `if`
 before it. Every other finding is an error here.
 """

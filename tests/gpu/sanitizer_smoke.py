@@ -30,6 +30,7 @@ import triton_cases_rule as rule
 import triton_cases_step as step
 from triton.experimental import gluon as gluon_language
 
+from gdnir.kernels.delta_rule_gluon_prep import _barrier
 from gdnir.lowering import triton_launch, triton_step
 
 DEVICE = "cuda"
@@ -41,15 +42,18 @@ ODD = (1, 2, 24, 48)  # no powers of two: masked lanes
 
 
 @gluon_language.jit
-def _write(out, value, at, WARPS: gl.constexpr):
-    gl.store(out + at + gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0])), value)
+def _write(out, count, at, WARPS: gl.constexpr):
+    i = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    for c in range(count):
+        _barrier()
+        gl.store(out + at + i, i + c)
 
 
 @gluon_language.jit
 def handover_kernel(out, source):
-    value = gl.load(source)  # or there is nothing to capture
+    count = gl.load(source)  # or there is nothing to capture
     out += gl.program_id(0) * 256
-    gl.warp_specialize([(_write, (out, value, 0, 4)), (_write, (out, value, 128, 1))], [1], [24])
+    gl.warp_specialize([(_write, (out, count, 0, 4)), (_write, (out, count, 128, 1))], [1], [24])
 
 
 def tensor(*shape, dtype=BF16):
@@ -120,8 +124,12 @@ def wgmma(schedule, segment):
 
 def handover():
     """Partitions that do next to nothing: what a tool says here it says of Triton's `warp_specialize`."""
-    out = torch.zeros(40, 256, dtype=torch.int32, device=DEVICE)
-    handover_kernel[(40,)](out, torch.ones(1, dtype=torch.int32, device=DEVICE), num_warps=4)
+    out, count = (
+        torch.zeros(40, 256, dtype=torch.int32, device=DEVICE),
+        torch.tensor([4], dtype=torch.int32, device=DEVICE),
+    )
+    for _ in range(5):
+        handover_kernel[(40,)](out, count, num_warps=4)
     return (out,)
 
 
