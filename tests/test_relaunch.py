@@ -369,3 +369,14 @@ def test_kernels_that_want_another_encoding_do_not_agree():
     assert descriptors.agree(descriptor, {"swizzle": 3}, max)
     assert descriptors.agree(descriptor, {"swizzle": 3}, max)
     assert not descriptors.agree(descriptor, {"swizzle": 2}, max)
+
+
+def test_a_descriptor_is_encoded_once_for_all_that_take_it():
+    made, kind = [], object()
+    x, y = (types.SimpleNamespace(kind=kind, encoded=None, name=name) for name in "xy")
+    assert descriptors.agree(x, None, lambda d, how: made.append(d.name) or [d.name, 2])
+    first, second = descriptors.Descriptors(x, y), descriptors.Descriptors(y, x)
+    assert first.encode() == first.encoded == ("x", 2, "y", 2)
+    assert second.encode() == ("y", 2, "x", 2)
+    assert made == ["x", "y"]
+    assert first.kind is second.kind

@@ -32,12 +32,12 @@ class _Address:
         return self.pointer
 
 
-@functools.lru_cache(maxsize=4096)  # a layer takes 6, and an allocator gives the same addresses again
+@functools.lru_cache(maxsize=4096)  # a layer takes 8, and an allocator gives the same addresses again
 def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: Box) -> Any:
     """Gluon's TensorDescriptor of the memory at `pointer`, which the caller keeps until it is launched with; None if TMA cannot
     read it: it is not empty (at 0), all begins at multiples of 16 bytes. Strides are in elements. [T, H, K] is a matrix [T, H K].
 
-    `kind` is equal for those that kernels are compiled for alike.
+    `kind` is equal for those that kernels are compiled for alike; `encoded` is for `Descriptors`.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -56,7 +56,7 @@ def describe(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: 
     ):
         return None
     made = TensorDescriptor(_Address(pointer, dtype), sizes, steps, box.shape, box.layout)
-    made.kind = dtype, box
+    made.kind, made.encoded = (dtype, box), None
     return made
 
 
@@ -74,11 +74,11 @@ class Descriptors:
 
     def encode(self) -> tuple[Any, ...]:
         """What Triton's launcher hands to C for them: of each a tensor map, shape and strides. Only after `agree`."""
-        values: list[Any] = []
-        for descriptor in self.members:
-            how, make = _ways[descriptor.kind]
-            values += make(descriptor, how)
-        self.encoded = tuple(values)
+        for x in self.members:
+            if x.encoded is None:
+                how, make = _ways[x.kind]
+                x.encoded = make(x, how)
+        self.encoded = tuple([value for x in self.members for value in x.encoded])
         return self.encoded
 
 
