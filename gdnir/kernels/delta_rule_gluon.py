@@ -478,7 +478,8 @@ def delta_rule_gluon_kernel(
     are in segments, of which each finds its start; there are `slots` HV (2 / NWG) programs more.
 
     q_d .. steps_d are descriptors with boxes of 64 x 64 (g_d: 256) over q, k [T, H 128], v, o [T, HV 128], transform, gates, and of
-    rows of 128, starts and steps; state [S,HV,128,128] is read and written through its strides (VS and KS of the last two). lscale is log2(scale).
+    rows of 128, starts and steps; state [S,HV,128,128] is read and written through its strides (VS and KS of the last two).
+    lscale is log2(scale).
     """
     NP: gl.constexpr = 3
     SPLIT: gl.constexpr = 2 // NWG

@@ -25,6 +25,13 @@ def _starts_at(T, N, HV: gl.constexpr):
 
 
 @gluon.jit
+def _buffer(j, prior, NWG: gl.constexpr):
+    """(number, first stage) of the buffer of step j: of two, the last step has the second."""
+    b = (j + prior) % (2 // NWG)
+    return b, 2 * b + NWG - 1
+
+
+@gluon.jit
 def _load_steps(starts_d, steps_d, sQ, sK, sV, given, taken, prior, row, vh, HV: gl.constexpr, NSTG: gl.constexpr,
                 NWG: gl.constexpr):  # fmt: skip
     """The loader's part. `row`: of starts_d and steps_d, where the sequence's first slot is; the step to slot j is j HV 128 behind."""
@@ -33,9 +40,8 @@ def _load_steps(starts_d, steps_d, sQ, sK, sV, given, taken, prior, row, vh, HV:
     sM = sQ._reinterpret(steps_d.dtype, [NSTG * 2, 64, 64], steps_d.layout)
     sH = sK._reinterpret(starts_d.dtype, [NSTG, 64, 64], starts_d.layout)
     for j in range(prior):
-        b = (j + prior) % BUFFERS
+        b, stage = _buffer(j, prior, NWG)
         at = row + (j + 1) * (HV * 128)
-        stage = 2 * b + NWG - 1
         mbarrier.wait(taken.index(b), (j // BUFFERS - 1) & 1, pred=j >= BUFFERS)
         bar = given.index(b)
         mbarrier.expect(bar, 4 * 64 * 64 * 2 + NWG * 2 * 64 * 64 * 4)
@@ -87,8 +93,7 @@ def _follow(S0, S1, starts_d, steps_d, sQ, sK, sV, given, taken, prior, WG: gl.c
         sH = sV._reinterpret(starts_d.dtype, [NSTG, 64, 64], starts_d.layout)
     z = gl.zeros([64, 64], gl.float32, L)
     for j in range(prior):
-        b = (j + prior) % BUFFERS
-        stage = 2 * b + NWG - 1
+        b, stage = _buffer(j, prior, NWG)
         M = 2 * stage
         # f16 alone ends at 65504.
         size = _power_of_two(gl.maximum(gl.max(gl.maximum(S0, -S0), 1), gl.max(gl.maximum(S1, -S1), 1)))

@@ -152,17 +152,14 @@ def _plan(
     carry = _carry_constants(key_heads, heads, v_stride, k_stride, single, slots > 0)
     rows, lines = numbers * heads * CHUNK, slots * heads * HEAD
     prep, segments, kernels, *_ = _kernels()
-    launches = [
-        (
-            Step(prep.delta_rule_gluon_prep_kernel, _prep_constants(key_heads, heads, shared), _PREP),
-            (numbers + 1) * heads // shared,
-        ),
-        (Step(kernels.delta_rule_gluon_kernel, carry, _CARRY), (count + slots) * heads * (2 // carry["NWG"])),
-    ]
+    steps = [Step(prep.delta_rule_gluon_prep_kernel, _prep_constants(key_heads, heads, shared), _PREP)]
+    programs = [(numbers + 1) * heads // shared]
     if slots:
         summary = _summary_constants(key_heads, heads, v_stride, k_stride)
-        step = Step(segments.delta_rule_gluon_summary_kernel, summary, _SUMMARY)
-        launches.insert(1, (step, (2 * count + 4 * slots) * heads))
+        steps.append(Step(segments.delta_rule_gluon_summary_kernel, summary, _SUMMARY))
+        programs.append((2 * count + 4 * slots) * heads)
+    steps.append(Step(kernels.delta_rule_gluon_kernel, carry, _CARRY))
+    programs.append((count + slots) * heads * (2 // carry["NWG"]))
     return _Plan(
         heads=(key_heads, heads),
         tokens=tokens,
@@ -171,8 +168,8 @@ def _plan(
         space=(4 + CHUNK // 2) * rows + (2 * HEAD + HEAD // 2) * lines,
         rows=rows,
         lines=lines,
-        launches=Steps(*[step for step, _ in launches]),
-        programs=tuple([programs for _, programs in launches]),
+        launches=Steps(*steps),
+        programs=tuple(programs),
     )
 
 

@@ -152,7 +152,7 @@ def _written(to: Relaunch, args: Sequence[Any]) -> Callable[..., None]:
 
     Its text is written here, as Triton writes its binder: a loop over 40 arguments takes as long as that.
     """
-    asked: dict[int, list[Any]] = {}  # the parameters that an argument is given to; none for descriptors
+    asked: dict[int, list[Any]] = {}  # the parameters that an argument is given to
     for step in to.steps:
         params = iter(step.kernel.params)
         for i in step.takes:

@@ -143,9 +143,7 @@ def built(request, monkeypatch):
         if not HOPPER:
             pytest.skip("needs a GPU with sm_90")
         gluon.only(request.param.split("-")[1], monkeypatch)
-        monkeypatch.setattr(
-            gluon.gluon_rule, "_shared_heads", lambda *_: 1
-        )  # which also follows from the size of a batch
+        monkeypatch.setattr(gluon.gluon_rule, "_shared_heads", lambda *_: 1)  # which also follows from the batch's size
     return BUILD[request.param]
 
 
