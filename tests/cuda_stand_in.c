@@ -8,7 +8,9 @@ void (*on_launch)(const unsigned *config, CUfunction f, void **params);
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
   unsigned config[] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->sharedMemBytes, (unsigned)(size_t)c->hStream,
-                       c->numAttrs, c->numAttrs ? c->attrs[0].id : 0};
+                       c->numAttrs, c->numAttrs ? c->attrs[0].id : 0, 1};
+  if (c->numAttrs && c->attrs[0].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+    config[8] = c->attrs[0].value.clusterDim.x;
   if (on_launch)
     on_launch(config, f, params);
   return CUDA_SUCCESS;

@@ -37,7 +37,7 @@ class Cuda:
         sizes = [SIZES[kind] * int(count or 1) for kind, count in PARAM.findall(ptx)]
         assert len(sizes) == ptx.count(".param ."), "a parameter that is not known here"
         read = [ctypes.string_at(params[i], size) for i, size in enumerate(sizes)]
-        self.launches.append((tuple(config[:8]), function, read))
+        self.launches.append((tuple(config[:9]), function, read))
 
 
 @contextlib.contextmanager

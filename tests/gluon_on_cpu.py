@@ -280,7 +280,10 @@ class Cpu:
     constexpr = object
     int32, int64, float32, float16, bfloat16 = torch.int32, torch.int64, torch.float32, torch.float16, torch.bfloat16
     load, store = staticmethod(load), staticmethod(store)
-    exp2, sum, static_range = staticmethod(torch.exp2), staticmethod(torch.sum), range
+    exp, exp2, rsqrt, sigmoid, abs = map(staticmethod, (torch.exp, torch.exp2, torch.rsqrt, torch.sigmoid, torch.abs))
+    sum, static_range = staticmethod(torch.sum), range
+    reshape, expand_dims = staticmethod(torch.reshape), staticmethod(torch.unsqueeze)
+    broadcast, num_warps = staticmethod(torch.broadcast_tensors), staticmethod(lambda: 4)
     max = staticmethod(lambda x, axis: x.amax(axis))
     join, static_assert = staticmethod(lambda a, b: torch.stack([a, b], -1)), staticmethod(lambda *said: None)
     associative_scan = staticmethod(lambda x, axis, combine: torch.cumsum(x, axis))  # every scan here is a sum
@@ -294,7 +297,7 @@ class Cpu:
         assert name.endswith("Layout"), name
         return lambda *args, **kwargs: None
 
-    def program_id(self, axis):
+    def program_id(self, axis=0):
         return torch.tensor(self.pid, dtype=torch.int32)
 
     def where(self, condition, a, b):
@@ -338,6 +341,15 @@ class Cpu:
             raise errors[0]
 
 
+def plain(function, language):
+    """A function of Triton's, and those it calls, with `language` as its `tl`."""
+    code, names = function.fn.__code__, {"tl": language}
+    for name in set(code.co_names) & set(function.fn.__globals__) - {"tl"}:
+        value = function.fn.__globals__[name]
+        names[name] = plain(value, language) if type(value).__name__ == "JITFunction" else value.value
+    return types.FunctionType(code, names)
+
+
 class Launched:
     """Stands for a Gluon kernel: `kernel[grid](...)` runs it."""
 
@@ -364,6 +376,9 @@ class Launched:
                 function = value.fn
                 names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
         names |= {
+            name: plain(value, names["gl"]) for name, value in names.items() if type(value).__name__ == "JITFunction"
+        }
+        names |= {
             "_barrier": lambda: None,
             "_launch_dependents": lambda: None,
             "_wait_for_primary": lambda: None,
@@ -371,15 +386,20 @@ class Launched:
             "_after": lambda x, zero: x,
             "_power_of_two": lambda x: torch.where(x > 0, torch.exp2(torch.floor(torch.log2(x))), 1.0),
             "_after_16": lambda x, zero: x,
+            "_arrive": lambda: None,
+            "_wait": lambda: None,
+            "_over_groups": lambda x, turn, ctas, group: x.view(-1, group).sum(1).repeat_interleave(group),
             **self.instead,
         }
         arguments = [self.argument(x) for x in args]
-        options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg", "launch_pdl")}
+        options = {k: v for k, v in kwargs.items() if k not in ("num_warps", "num_ctas", "maxnreg", "launch_pdl")}
         start(Clock("the program"), self.seed, [])
         names[self.name](*arguments, **options)
         assert not local.stores, "work left in flight"
 
     def argument(self, x):
+        if x is None:
+            return x
         if isinstance(x, torch.Tensor):
             return pointer(x)
         if hasattr(x, "block_shape"):
@@ -395,10 +415,11 @@ def gluon_on_cpu(seed=0, of="", **instead):
         delta_rule_gluon_prep,
         delta_rule_gluon_segments,
         delta_rule_gluon_starts,
+        gdn_step_gluon,
     )
     from gdnir.lowering import gluon_rule
 
-    modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments
+    modules = delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments, gdn_step_gluon
     found = [(m, name) for m in modules for name in vars(m) if name.endswith("_kernel")]
     originals = [getattr(module, name) for module, name in found]
     interval = sys.getswitchinterval()

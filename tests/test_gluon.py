@@ -1,13 +1,15 @@
 """Where and on what the provider gluon takes gated_delta_rule, and what it says otherwise."""
 
 import dataclasses
+import itertools
+import types
 
 import pytest
 import torch
 
 import gdnir
 from gdnir.ir import SeqType, StateType, TensorType
-from gdnir.lowering import find, gluon_impl
+from gdnir.lowering import find, gluon_impl, gluon_step, triton_step
 from gdnir.platforms import get_platform
 
 RULE = find("gated_delta_rule", "gluon")
@@ -68,3 +70,80 @@ def test_a_batch_that_is_too_large_is_refused():
     g = torch.empty(0, 16)
     with pytest.raises(gdnir.errors.ShapeError, match="2\\^23 chunks x heads"):
         RULE.run(q, q, v, g, g, torch.empty(1, 16, 128, 128), seq, scale=0.1, state_layout="vk")
+
+
+STEP = find("gdn_step", "gluon")
+
+
+def says_of_step(phase="decode", heads=(16, 32, 128, 128), layout="vk", width=4):
+    h, hv, k, v = heads
+    channels = 2 * h * k + hv * v
+    rows, weight = TensorType("bf16", ("T", channels)), TensorType("bf16", (channels, width))
+    z, gate = TensorType("bf16", ("T", hv, v)), TensorType("bf16", ("T", hv))
+    pool, vector = StateType("bf16", ("S", channels, width - 1), "cw"), TensorType("f32", (hv,))
+    state = StateType("f32", ("S", hv, v, k) if layout == "vk" else ("S", hv, k, v), layout)
+    return STEP.accepts(
+        rows, z, gate, gate, weight, None, pool, state, vector, vector, TensorType("f32", (v,)), SeqType(phase, "T"),
+        activation="silu", conv_layout="cw", heads=heads, l2norm_eps=1e-6, allow_neg_eigval=False, scale=0.1,
+        state_layout=layout, eps=1e-6, gate="silu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"phase": "verify"}, None),
+        ({"heads": (30, 30, 96, 192)}, None),
+        ({"heads": (4, 16, 128, 128)}, None),
+        ({"heads": (2, 16, 128, 128)}, "8 value heads of 128 x 128 share a key head: too much for a program."),
+        ({"phase": "prefill"}, "the batch is prefill; this kernel takes decode and verify."),
+        ({"width": 5}, "the convolution is 5 wide, want 2 to 4."),
+        ({"layout": "kv"}, "the state's layout is kv, want vk."),
+        ({"heads": (1, 9, 64, 64)}, "9 value heads share a key head, want at most 8."),
+    ],
+    ids=str,
+)
+def test_accepts_steps(change, sentence):
+    assert says_of_step(**change) == sentence
+
+
+def test_clusters_are_for_few_rows(monkeypatch):
+    """By the table, of 132 multiprocessors: 8 rows of 16 key heads in decode, 4 in verify. A batch-invariant plan has none."""
+    launched = []
+    monkeypatch.setattr(gluon_step, "launch", lambda kernel, programs, *_: launched.append(programs))
+    monkeypatch.setattr(triton_step, "kinds", lambda _: ("sm_90",))
+    monkeypatch.setattr(triton_step, "launch", lambda *_: launched.append("triton"))
+    monkeypatch.setattr(gluon_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_gluon_kernel=None))
+    monkeypatch.setattr(triton_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_kernel=None))
+    for invariant in (False, True):
+        for phase, rows in (("decode", 8), ("decode", 9), ("verify", 4), ("verify", 5)):
+            drafts = 2 if phase == "verify" else 1
+            tokens, slots = rows * drafts, list(range(rows))
+            seq = (
+                gdnir.Seq.decode(slots)
+                if phase == "decode"
+                else gdnir.Seq.verify([2] * rows, read_slots=slots, write_slots=[[n, -1] for n in slots])
+            )
+            bf16 = {"dtype": torch.bfloat16}
+            STEP.chosen(invariant).run(
+                torch.empty(tokens, 8192, **bf16), torch.empty(tokens, 32, 128, **bf16), torch.empty(tokens, 32, **bf16),
+                torch.empty(tokens, 32, **bf16), torch.empty(8192, 4, **bf16), None, torch.empty(rows, 8192, 3, **bf16),
+                torch.empty(rows, 32, 128, 128), torch.empty(32), torch.empty(32), torch.empty(128), seq,
+                activation="silu", conv_layout="cw", heads=(16, 32, 128, 128), l2norm_eps=1e-6, allow_neg_eigval=False,
+                scale=0.1, state_layout="vk", eps=1e-6, gate="silu",
+            )  # fmt: skip
+    assert launched == [8 * 16, "triton", 4 * 16, "triton"] + ["triton"] * 4
+
+
+def test_every_accepted_state_has_a_cluster():
+    """Also where heads are no powers of two: CTAs of one head's rows, not too many of them, their elements in registers."""
+    for r, k, v in itertools.product(range(1, 9), (1, 16, 65, 96, 128, 200, 256), (1, 16, 65, 96, 128, 192, 256)):
+        if triton_step.tiles(1, r, k, v) > 16:
+            continue
+        for choices in (*gluon_step.STEP.values(), *gluon_step.VERIFY.values()):
+            rows, ctas, warps = gluon_step.cluster(choices["TILE"], (1, r, k, v))
+            assert 1 <= ctas <= 8
+            assert rows * ctas >= r * v
+            assert warps <= 8
+            assert rows * k <= 32 * 64 * warps

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sass_lint  # noqa: E402
 import triton_cases_gluon as cases  # noqa: E402
-from test_triton_aot import TARGETS, Compiling, StubDriver, resources  # noqa: E402
+import triton_cases_step  # noqa: E402
+from test_triton_aot import TARGETS, Compiling, StubDriver, launch_step, resources  # noqa: E402
 
-from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments  # noqa: E402
+from gdnir.kernels import delta_rule_gluon, delta_rule_gluon_prep, delta_rule_gluon_segments, gdn_step_gluon  # noqa: E402
 from gdnir.lowering import gluon_rule  # noqa: E402
 
 KERNELS = {
@@ -29,7 +30,8 @@ KERNELS = {
     "summary": (delta_rule_gluon_segments, "delta_rule_gluon_summary_kernel"),
     "rule": (delta_rule_gluon, "delta_rule_gluon_kernel"),
 }
-ORIGINALS = {name: getattr(*where) for name, where in KERNELS.items()}
+STEP = gdn_step_gluon, "gdn_step_gluon_kernel"
+ORIGINALS = {name: getattr(*where) for name, where in {**KERNELS, "step": STEP}.items()}
 NAMES = {kernel: name for name, (_, kernel) in KERNELS.items()}
 
 
@@ -41,7 +43,7 @@ def compiled(monkeypatch):
     found = []
     disasm = triton.tools.disasm  # its pattern ends at 64 KB of code
     monkeypatch.setattr(disasm, "FLINE_RE", re.compile(disasm.FLINE_RE.pattern.replace(r"\w{4}\*", r"\w{4,}\*")))
-    for name, (module, kernel) in KERNELS.items():
+    for name, (module, kernel) in {**KERNELS, "step": STEP}.items():
         monkeypatch.setattr(module, kernel, Compiling(ORIGINALS[name], found))
     gluon_rule._plan.cache_clear()  # plans know kernels
     yield found
@@ -144,6 +146,41 @@ def test_no_recompilation_when_only_the_batch_changes(compiled, monkeypatch):
     for lengths, slots in (((200, 3), 4), ((300,), 1), ((16,) * 14 + (130, 129), 16), ((192,), 32), ((321, 0, 4), 5)):
         launch(cases.Case("", cases.cont(*lengths), heads=(1, 2), slots=slots, segment=1))
     assert len({id(kernel) for kernel in compiled}) == len(KERNELS)
+
+
+CLUSTERS = triton_cases_step.step_of(clusters=True)
+
+
+# Registers at most: as many CTAs have room on a multiprocessor as were measured.
+@pytest.mark.parametrize(
+    ("phase", "heads", "state", "most"),
+    [
+        ("decode", "qwen", torch.float32, 128),
+        ("decode", "qwen", torch.bfloat16, 128),
+        ("decode", "r3", torch.float32, 128),
+        ("decode", "olmo", torch.float32, 128),
+        ("verify", "qwen", torch.float32, 255),
+        ("verify", "r4", torch.bfloat16, 255),
+    ],
+    ids=str,
+)
+def test_a_step_by_clusters_compiles_within_limits(compiled, tmp_path, phase, heads, state, most):
+    launch_step(phase, torch.bfloat16, state, heads=heads, step=CLUSTERS)
+    (kernel,) = compiled
+    registers, stack = resources(kernel, tmp_path)
+    print(f"{registers} registers, {stack} B stack, {kernel.metadata.shared} B shared")
+    assert registers <= most
+    assert stack == 0
+    assert kernel.metadata.num_ctas == {"qwen": 4, "r3": 8, "r4": 8, "olmo": 4}[heads]
+
+
+@pytest.mark.parametrize("phase", ["decode", "verify"])
+def test_no_recompilation_of_a_step_by_clusters(compiled, phase):
+    for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4), (33, 32, 3)):
+        launch_step(
+            phase, torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift, step=CLUSTERS
+        )
+    assert len({id(kernel) for kernel in compiled}) == 1
 
 
 def test_importing_the_lowering_imports_no_triton():

@@ -1,14 +1,18 @@
 """The gluon lowering on a CPU, where its kernels run as tests/gluon_on_cpu.py says."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton.experimental.gluon")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import triton_cases as base
 import triton_cases_gluon as cases
+import triton_cases_step as step_cases
 from gluon_on_cpu import gluon_on_cpu
 from triton_cases_invariant import check_compositions
 
@@ -38,3 +42,26 @@ def test_bits_do_not_depend_on_neighbours_or_timing(monkeypatch):
 def test_a_few_compositions_of_a_batch():
     with gluon_on_cpu(seed=2):
         check_compositions("gluon", (1, 1, 128, 128), "cpu", count=4, lengths=(0, 3, 66, 400), neighbours=3)
+
+
+@pytest.mark.parametrize("case", step_cases.CASES, ids=lambda case: case.id)
+def test_step(case):
+    with gluon_on_cpu():
+        step_cases.check_step(dataclasses.replace(case, clusters=True), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("heads", [(1, 4, 128, 128), (1, 1, 96, 192)], ids=str)
+@pytest.mark.parametrize("phase", ["decode", "verify"])
+def test_step_of_real_heads(phase, heads):
+    rows = step_cases.ROWS[phase]
+    case = step_cases.Case("", phase, rows, heads=heads, slots=step_cases.SLOTS[phase], bias=True, clusters=True)
+    with gluon_on_cpu():
+        step_cases.check_step(case, torch.bfloat16, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("phase", ["decode", "verify"])
+def test_step_neighbours_and_malformed_cu_seqlens(phase):
+    with gluon_on_cpu():
+        step_cases.check_step_neighbours(phase, torch.float32, "cpu", clusters=True)
+        for cu_seqlens in base.MALFORMED:
+            step_cases.check_step_malformed(cu_seqlens, phase, torch.float32, "cpu", clusters=True)

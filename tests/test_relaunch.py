@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 import triton_cases_gluon as gluon  # noqa: E402
 from cuda_stand_in import cuda_stand_in  # noqa: E402
 
-from gdnir.lowering import descriptors, gluon_rule, relaunch, triton_launch, triton_rule, triton_step  # noqa: E402
+from gdnir.lowering import descriptors, gluon_rule, gluon_step, relaunch, triton_launch, triton_rule, triton_step  # noqa: E402
 from gdnir.lowering.direct import direct  # noqa: E402
 from gdnir.lowering.relaunch import Relaunch, Step, Steps, launch  # noqa: E402
 
@@ -152,7 +152,7 @@ def both(cuda, monkeypatch):
         spared.extend((kernel.__name__, kernel not in runs) for kernel in kernels)
 
     monkeypatch.setattr(gluon_rule, "launch_all", twice)
-    for module in (triton_launch, triton_rule, triton_step):
+    for module in (triton_launch, triton_rule, triton_step, gluon_step):
         monkeypatch.setattr(
             module, "launch", lambda kernel, programs, args, constants: twice(
                 Steps(Step(kernel, constants, range(len(args)))), (programs,), args
@@ -167,6 +167,14 @@ def run_step(phase):
             aot.launch_step(phase, torch.bfloat16, torch.float32, rows=rows, slots=slots, shift=shift, bias=bias)
     aot.launch_step(phase, torch.bfloat16, torch.float32)
     aot.launch_step(phase, torch.bfloat16, torch.bfloat16, layout="kv")
+
+
+def run_clusters():
+    for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4)):
+        aot.launch_step(
+            "decode", torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift,
+            step=gluon_aot.CLUSTERS,
+        )  # fmt: skip
 
 
 def run_rule_step():
@@ -209,6 +217,7 @@ def run_gluon():
     [
         lambda: run_step("decode"),
         lambda: run_step("verify"),
+        run_clusters,
         run_rule_step,
         lambda: run_conv("prefill"),
         lambda: run_conv("decode"),
@@ -217,7 +226,7 @@ def run_gluon():
         run_triton_rule,
         run_gluon,
     ],
-    ids=["step", "verify", "rule_step", "conv", "update", "prep", "small", "triton_rule", "gluon"],
+    ids=["step", "verify", "clusters", "rule_step", "conv", "update", "prep", "small", "triton_rule", "gluon"],
 )
 def test_the_driver_is_told_the_same(both, run):
     run()

@@ -167,7 +167,10 @@ def step_batch(phase, rows, shift=0):
     )
 
 
-def launch_step(phase, dtype, state_dtype, *, heads="qwen", layout="vk", rows=2, slots=4, shift=0, bias=False):
+def launch_step(
+    phase, dtype, state_dtype, *, heads="qwen", layout="vk", rows=2, slots=4, shift=0, bias=False,
+    step=triton_step.gdn_step,
+):  # fmt: skip
     h, hv, k, v = HEADS[heads]
     c = 2 * h * k + hv * v
     merged = torch.empty(rows + shift, c + hv * v + 2 * hv, dtype=dtype)[shift:]
@@ -175,7 +178,7 @@ def launch_step(phase, dtype, state_dtype, *, heads="qwen", layout="vk", rows=2,
     state = torch.empty((slots, hv, v, k) if layout == "vk" else (slots, hv, k, v), dtype=state_dtype)
     conv = torch.empty((slots, c, 3) if layout == "vk" else (slots, 3, c), dtype=dtype)
     rate = torch.empty(hv)
-    triton_step.gdn_step(
+    step(
         qkv, z.unflatten(1, (hv, v)), a, b, torch.empty(c, 4, dtype=dtype), torch.empty(c, dtype=dtype) if bias else None,
         conv, state, rate, rate, torch.empty(v), step_batch(phase, rows, shift), activation="silu",
         conv_layout="cw" if layout == "vk" else "wc", heads=HEADS[heads], l2norm_eps=1e-6, allow_neg_eigval=False,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import triton_cases as base
 from triton_cases import NAN, ROUNDING, bits, owned_tokens
 
 from gdnir import oracle_ops
-from gdnir.lowering import triton_step
+from gdnir.lowering import gluon_step, triton_step
 from gdnir.oracle import row_error
 
 
@@ -17,7 +19,8 @@ from gdnir.oracle import row_error
 class Case:
     """One batch. `rows`, `tail`, `slots`: as in triton_cases. `gates` and `betas`: "random" or the value of all.
 
-    `extra` is P - (W - 1); `strided` puts both pools into wider storage; `wide_conv`: an f32 conv state whatever x is.
+    `extra` is P - (W - 1); `strided` puts both pools into wider storage; `wide_conv`: an f32 conv state whatever x is;
+    `clusters`: gdn_step by Gluon's clusters.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Case:
     betas: object = "random"
     strided: bool = False
     wide_conv: bool = False
+    clusters: bool = False
 
     @property
     def channels(self):
@@ -130,6 +134,7 @@ class Inputs:
     seq: object
     judge: object  # seq on the CPU, for the oracle
     owned: torch.Tensor
+    step: Callable
     options: dict
 
 
@@ -167,14 +172,20 @@ def make_step(case, dtype, device, state_dtype, seed=0):
         "allow_neg_eigval": case.neg, "scale": k**-0.5, "state_layout": case.state_layout, "eps": 1e-6,
         "gate": case.gate,
     }  # fmt: skip
-    return Inputs(operands, conv, state, (conv_storage, state_storage), seq, judge, owned, options)
+    return Inputs(
+        operands, conv, state, (conv_storage, state_storage), seq, judge, owned, step_of(case.clusters), options
+    )
 
 
 def run_step(given, seq=None):
     qkv, z, a, b, weight, bias, rate, shift, norm = given.operands
-    return triton_step.gdn_step(
+    return given.step(
         qkv, z, a, b, weight, bias, given.conv, given.state, rate, shift, norm, seq or given.seq, **given.options
     )
+
+
+def step_of(clusters):
+    return functools.partial(gluon_step.gdn_step, clusters=True) if clusters else triton_step.gdn_step
 
 
 def oracle_step(given, judge):
@@ -262,9 +273,9 @@ def _alone(seq, n):
     )
 
 
-def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads=(2, 4, 16, 16)):
+def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads=(2, 4, 16, 16), clusters=False):
     """Each row alone gives the bits that it has in the batch; so does a second launch."""
-    case = Case("", phase, ROWS[phase], slots=SLOTS[phase], heads=heads, bias=True)
+    case = Case("", phase, ROWS[phase], slots=SLOTS[phase], heads=heads, bias=True, clusters=clusters)
     whole, again, single = (make_step(case, dtype, device, state_dtype) for _ in range(3))
     y = run_step(whole)
     assert torch.equal(bits(run_step(again)), bits(y))
@@ -279,7 +290,7 @@ def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads
             assert torch.equal(bits(mine), bits(theirs))
 
 
-def check_step_malformed(cu_seqlens, phase, dtype, device):
+def check_step_malformed(cu_seqlens, phase, dtype, device, clusters=False):
     """cu_seqlens that lie: every token of y is written, and nothing outside the named slots."""
     tokens, size, (h, hv, k, v) = 20, 8, (1, 2, 8, 8)
     c = 2 * h * k + hv * v
@@ -288,7 +299,7 @@ def check_step_malformed(cu_seqlens, phase, dtype, device):
     state = torch.full((size + 2, hv, v, k), 7.0, device=device)
     ones = {"dtype": dtype, "device": device}
     with base.poisoned():
-        y = triton_step.gdn_step(
+        y = step_of(clusters)(
             torch.ones(tokens, c, **ones), torch.ones(tokens, hv, v, **ones), torch.ones(tokens, hv, **ones),
             torch.ones(tokens, hv, **ones), torch.ones(c, 4, **ones), None, conv[1:-1], state[1:-1],
             torch.zeros(hv, device=device), torch.zeros(hv, device=device), torch.ones(v, device=device), seq,
@@ -296,12 +307,13 @@ def check_step_malformed(cu_seqlens, phase, dtype, device):
             scale=1.0, state_layout="vk", eps=1e-6, gate="silu",
         )  # fmt: skip
         assert y.isfinite().all(), "a token was not written"
-        x = torch.ones(tokens, hv, **ones).float()
-        o = triton_step.delta_rule_step(
-            torch.ones(tokens, h, k, **ones), torch.ones(tokens, h, k, **ones), torch.ones(tokens, hv, v, **ones),
-            -x, x, state[1:-1], seq, scale=1.0, state_layout="vk",
-        )  # fmt: skip
-        assert o.isfinite().all(), "a token was not written"
+        if not clusters:
+            x = torch.ones(tokens, hv, **ones).float()
+            o = triton_step.delta_rule_step(
+                torch.ones(tokens, h, k, **ones), torch.ones(tokens, h, k, **ones), torch.ones(tokens, hv, v, **ones),
+                -x, x, state[1:-1], seq, scale=1.0, state_layout="vk",
+            )  # fmt: skip
+            assert o.isfinite().all(), "a token was not written"
     for pool in (conv, state):
         assert (pool[0] == 7).all()
         assert (pool[5:] == 7).all()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gdnir import ops
 from gdnir.ir import StateType
-from gdnir.lowering import lowers
+from gdnir.lowering import gluon_step, lowers, triton_impl
 from gdnir.lowering.gluon_rule import HEAD, delta_rule_prefill, segment_of_heads
 from gdnir.lowering.opaque import opaque
 from gdnir.platforms import Platform
@@ -24,7 +24,7 @@ from gdnir.seq import Seq
 def on_hopper(platform: Platform) -> str | None:
     """None on NVIDIA sm_90 (wgmma and TMA as Hopper has them), with a Triton that has Gluon."""
     if platform.kind != "cuda" or platform.arch != "sm_90":
-        return f"the Gluon kernel is written for Hopper's wgmma and TMA, cuda:sm_90; this platform is {platform}."
+        return f"the Gluon kernels are written for Hopper's wgmma, TMA and clusters, cuda:sm_90; this platform is {platform}."
     if "triton" not in platform.software:
         return "Triton is not installed on this machine; `pip install gdnir[cuda]` brings it."
     if platform.detected and not _gluon_is_installed():
@@ -87,3 +87,37 @@ def gated_delta_rule(
     state_layout: str,
 ) -> Tensor:
     return delta_rule_prefill(q, k, v, g, beta, state, seq, scale=scale)
+
+
+def _fits_step(
+    qkv: Any, z: Any, a: Any, b: Any, weight: Any, bias: Any, conv_state: Any, state: Any, A_log: Any, dt_bias: Any,  # noqa: N803
+    norm_weight: Any, seq: Any, *, activation: str, conv_layout: str, heads: ops.Heads, l2norm_eps: float,
+    allow_neg_eigval: bool, scale: float, state_layout: str, eps: float, gate: str,
+) -> str | None:  # fmt: skip
+    refusal = triton_impl.fits_step(
+        qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, seq, activation=activation,
+        conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
+        state_layout=state_layout, eps=eps, gate=gate,
+    )  # fmt: skip
+    if refusal is not None:
+        return refusal
+    if state_layout != "vk":
+        return f"the state's layout is {state_layout}, want vk."
+    if heads[1] // heads[0] > gluon_step.MOST_CTAS:
+        return f"{heads[1] // heads[0]} value heads share a key head, want at most {gluon_step.MOST_CTAS}."
+    return None
+
+
+@lowers(ops.gdn_step, "gluon", available=on_hopper, accepts=_fits_step, batch_invariant=triton_impl.gdn_step)
+@opaque
+def gdn_step(
+    qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,
+    state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, seq: Seq, *, activation: str,  # noqa: N803
+    conv_layout: str, heads: ops.Heads, l2norm_eps: float, allow_neg_eigval: bool, scale: float, state_layout: str,
+    eps: float, gate: str,
+) -> Tensor:  # fmt: skip
+    return gluon_step.gdn_step(
+        qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, seq, activation=activation,
+        conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
+        state_layout=state_layout, eps=eps, gate=gate,
+    )  # fmt: skip

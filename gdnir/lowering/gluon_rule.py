@@ -250,7 +250,7 @@ def _cut(
     """Chunks of a segment (`segment` if it is given), segments to make room for, and whether `single` runs them."""
     # as many rows of the longest one's length as there are tokens for
     rows, chunks = min(count, -(-tokens // max(longest, 1))), -(-longest // CHUNK)
-    cores, bandwidth = _facts(device)
+    cores, bandwidth = device_facts(device)
     if segment is None:
         segment = _segment((rows,), key_heads, heads, chunks, cores, bandwidth)
     slots = tokens // (segment * CHUNK) if segment and longest > segment * CHUNK else 0
@@ -262,7 +262,7 @@ def _cut(
 
 def _shared_heads(tiles: int, group: int, device: torch.device) -> int:
     """Value heads for which one program of `prep` takes a chunk's keys: all of the key head's, as long as all cores have work."""
-    cores, _ = _facts(device)
+    cores, _ = device_facts(device)
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or tiles // n >= PREP_FILL * cores))
 
 
@@ -281,7 +281,7 @@ LAUNCH_US, STEP_US = 3.0, 2.1
 
 def segment_of_heads(k: Tensor, v: Tensor) -> int:
     """Chunks of a segment for a batch whose rows must not know of each other: as if it had one of 8192 tokens, or two."""
-    return _segment((1, 2), k.shape[1], v.shape[1], 128, *_facts(v.device))
+    return _segment((1, 2), k.shape[1], v.shape[1], 128, *device_facts(v.device))
 
 
 def _either(compute: float, memory: float) -> float:
@@ -324,7 +324,7 @@ def _segment(batches: tuple[int, ...], key_heads: int, heads: int, chunks: int, 
 
 
 @functools.cache
-def _facts(device: torch.device) -> tuple[int, float]:
+def device_facts(device: torch.device) -> tuple[int, float]:
     """Streaming multiprocessors, of which each holds one program of either schedule; bytes/s of a large copy."""
     published = PLATFORMS["cuda:sm_90"]
     cores, bandwidth = published.cores or 0, published.bandwidth or 0.0

@@ -92,7 +92,7 @@ def _step_heads(k: Dim, v: Dim) -> str | None:
     return None
 
 
-def _fits_step(
+def fits_step(
     qkv: Any, z: Any, a: Any, b: Any, weight: Any, bias: Any, conv_state: Any, state: Any, A_log: Any, dt_bias: Any,  # noqa: N803
     norm_weight: Any, seq: Any, *, activation: str, conv_layout: str, heads: ops.Heads, l2norm_eps: float,
     allow_neg_eigval: bool, scale: float, state_layout: str, eps: float, gate: str,
@@ -107,7 +107,7 @@ def _fits_step(
     return _fits_conv(qkv, weight, bias, conv_state, seq, activation=activation, conv_layout=conv_layout)
 
 
-@lowers(ops.gdn_step, "triton", available=on_gpu, accepts=_fits_step, batch_invariant=True)
+@lowers(ops.gdn_step, "triton", available=on_gpu, accepts=fits_step, batch_invariant=True)
 @opaque
 def gdn_step(
     qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,

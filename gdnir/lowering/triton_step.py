@@ -82,58 +82,63 @@ def gdn_step(
     rounded once. Padding rows and tokens of nobody are exactly 0; a slot >= S sets seq.error. Returns y [T, HV, V],
     contiguous.
     """
-    (h, hv, _, v), count, tokens = heads, seq.num_seqs, z.shape[0]
-    y = z.new_empty(tokens, hv, v)
-    if count == 0 or hv * v == 0:
+    y = z.new_empty(z.shape[0], *heads[1::2])
+    if seq.num_seqs == 0 or y.shape[1:].numel() == 0:
         return y.zero_()  # no row owns a token
+    args = step_arguments(
+        qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, y, seq, conv_layout, l2norm_eps,
+        scale, eps,
+    )  # fmt: skip
+    constants = _step_constants(
+        kinds(state.device), state.element_size(), heads, weight.shape[1], state_layout, state.stride()[2:],
+        seq.phase == "verify", activation, allow_neg_eigval, gate, bias is None,
+    )  # fmt: skip
+    launch(_kernels("gdn_step").gdn_step_kernel, seq.num_seqs * heads[0], args, constants)
+    return y
+
+
+def step_arguments(
+    qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,
+    state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, y: Tensor, seq: Seq, conv_layout: str,  # noqa: N803
+    l2norm_eps: float, scale: float, eps: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernels of `gdn_step` are launched with."""
+    tokens = y.shape[0]
     (x, (x_row, _)), (z, (z_row, z_head, _)) = _strided(qkv, tokens), _strided(z, tokens)
     (a, (a_row, _)), (b, (b_row, _)) = _strided(a, tokens), _strided(b, tokens)
     conv_pool, columns, *conv_strides = _conv_state(conv_state, conv_layout)
-    slot_stride, head_stride, *strides = state.stride()
     slots = seq.write_slots
-    slot_row, slot_column = slots.stride()
-    launch(
-        _kernels("gdn_step").gdn_step_kernel,
-        count * h,
-        (
-            x,
-            z,
-            a,
-            b,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            conv_state,
-            state,
-            A_log.contiguous(),
-            dt_bias.contiguous(),
-            norm_weight.contiguous(),
-            y,
-            *_metadata(seq),
-            tokens,
-            count,
-            state.shape[0],
-            columns,
-            slots.shape[1],
-            x_row,
-            z_row,
-            z_head,
-            a_row,
-            b_row,
-            *conv_strides,
-            slot_stride,
-            head_stride,
-            slot_row,
-            slot_column,
-            l2norm_eps,
-            scale,
-            eps,
-        ),
-        _step_constants(
-            kinds(state.device), state.element_size(), heads, weight.shape[1], state_layout, tuple(strides),
-            seq.phase == "verify", activation, allow_neg_eigval, gate, bias is None,
-        ),
-    )  # fmt: skip
-    return y
+    return (
+        x,
+        z,
+        a,
+        b,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        conv_state,
+        state,
+        A_log.contiguous(),
+        dt_bias.contiguous(),
+        norm_weight.contiguous(),
+        y,
+        *_metadata(seq),
+        tokens,
+        seq.num_seqs,
+        state.shape[0],
+        columns,
+        slots.shape[1],
+        x_row,
+        z_row,
+        z_head,
+        a_row,
+        b_row,
+        *conv_strides,
+        *state.stride()[:2],
+        *slots.stride(),
+        l2norm_eps,
+        scale,
+        eps,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -143,7 +148,7 @@ def _step_constants(
     heads: tuple[int, int, int, int],
     width: int,
     state_layout: str,
-    strides: tuple[int, int],
+    strides: tuple[int, ...],
     verify: bool,
     activation: str,
     allow_neg_eigval: bool,
@@ -162,7 +167,7 @@ def _step_constants(
         elements = _next_power_of_2(count * block_v * k_pow2)
         options["num_warps"] = max(options["num_warps"], elements // (32 * VERIFY_ELEMENTS))
     return {
-        **_state_strides(state_layout, strides),
+        **state_strides(state_layout, strides),
         "W": width,
         "W_POW2": _next_power_of_2(width),
         "H": h,
@@ -184,7 +189,7 @@ def _step_constants(
     }
 
 
-def _state_strides(layout: str, strides: tuple[int, int]) -> dict[str, int]:
+def state_strides(layout: str, strides: tuple[int, ...]) -> dict[str, int]:
     v, k = strides if layout == "vk" else strides[::-1]
     return {"STRIDE_V": v, "STRIDE_K": k}
 
@@ -261,7 +266,7 @@ def _rule_constants(
     h, hv, key_dim, value_dim = heads
     blocks = pick(RULE, kinds)
     return {
-        **_state_strides(state_layout, strides),
+        **state_strides(state_layout, strides),
         "R": hv // h,
         "HV": hv,
         "V": value_dim,

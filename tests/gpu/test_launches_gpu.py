@@ -20,7 +20,7 @@ from triton_cases import HOPPER, ON_GPU
 
 import gdnir
 import gdnir.kernels
-from gdnir.lowering import relaunch, triton_launch, triton_rule, triton_step
+from gdnir.lowering import gluon_step, relaunch, triton_launch, triton_rule, triton_step
 
 pytestmark = ON_GPU
 HEADS = (2, 4, 128, 128)
@@ -89,7 +89,7 @@ def rule_step(phase, count):
     return lambda: (triton_step.delta_rule_step(*inputs, pool, seq, scale=0.1, state_layout="vk"),), [pool]
 
 
-def step(phase, count):
+def step(phase, count, run=triton_step.gdn_step):
     seq = batch(phase, count)
     qkv, z, b, a, _ = randn(seq.num_tokens, CHANNELS + 4 * 128 + 16).split([CHANNELS, 4 * 128, 4, 4, 8], 1)
     pools = randn(SLOTS, CHANNELS, 3), randn(SLOTS, 4, 128, 128, dtype=torch.float32)
@@ -99,7 +99,7 @@ def step(phase, count):
         activation="silu", conv_layout="cw", heads=HEADS, l2norm_eps=1e-6, allow_neg_eigval=False, scale=0.1,
         state_layout="vk", eps=1e-6, gate="silu",
     )  # fmt: skip
-    return lambda: (triton_step.gdn_step(*operands, **options),), list(pools)
+    return lambda: (run(*operands, **options),), list(pools)
 
 
 def norm(count):
@@ -126,6 +126,7 @@ BUILD = {  # how a batch is made, and how many outputs and workspaces a launch m
     "rule-cut": (functools.partial(rule, 1), 6),
     **{f"rule-{phase}": (functools.partial(rule_step, phase), 1) for phase in ("decode", "verify")},
     **{f"step-{phase}": (functools.partial(step, phase), 1) for phase in ("decode", "verify")},
+    "gluon-step": (functools.partial(step, "decode", run=functools.partial(gluon_step.gdn_step, clusters=True)), 1),
     "norm": (norm, 1),
     "l2norm": (l2norm, 1),
     "gate": (gate, 2),
@@ -142,7 +143,8 @@ def built(request, monkeypatch):
     if request.param.startswith("gluon"):
         if not HOPPER:
             pytest.skip("needs a GPU with sm_90")
-        gluon.only(request.param.split("-")[1], monkeypatch)
+        if request.param != "gluon-step":
+            gluon.only(request.param.split("-")[1], monkeypatch)
         monkeypatch.setattr(gluon.gluon_rule, "_shared_heads", lambda *_: 1)  # which also follows from the batch's size
     return BUILD[request.param]
 
@@ -200,7 +202,7 @@ def test_launches_again_give_the_bits_of_triton_s(built, monkeypatch):
         return [base.bits(x).clone() for x in (*launch(), *states)]
 
     ours = [run() for _ in range(3)]
-    for module in (triton_launch, triton_rule, triton_step):
+    for module in (triton_launch, triton_rule, triton_step, gluon_step):
         monkeypatch.setattr(module, "launch", lambda kernel, programs, args, named: kernel[(programs,)](*args, **named))
     monkeypatch.setattr(gluon.gluon_rule, "launch_all", lambda steps, *given: relaunch.by_triton(steps.steps, *given))
     theirs = run()

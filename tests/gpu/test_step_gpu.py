@@ -22,7 +22,18 @@ pytestmark = ON_GPU
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 STATES = [torch.float32, torch.bfloat16]
 PHASES = ["decode", "verify"]
-SHAPES = [(16, 32, 128, 128), (2, 8, 128, 128), (4, 12, 128, 128), (3, 3, 96, 192), (2, 4, 192, 96), (1, 1, 256, 256)]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+BY = [False, pytest.param(True, marks=pytest.mark.skipif(not HOPPER, reason="clusters are for sm_90"))]
+KERNELS = pytest.mark.parametrize("clusters", BY, ids=["triton", "clusters"])
+SHAPES = [
+    (16, 32, 128, 128),
+    (2, 8, 128, 128),
+    (1, 8, 128, 128),
+    (4, 12, 128, 128),
+    (3, 3, 96, 192),
+    (2, 4, 192, 96),
+    (1, 1, 256, 256),
+]
 
 
 def _rows(phase, count):
@@ -40,46 +51,58 @@ def _case(phase, heads, count=12, **options):
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@KERNELS
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
-def test_cases(case, dtype, state_dtype):
-    cases.check_step(case, dtype, "cuda", state_dtype)
-    cases.check_rule(case, dtype, "cuda", state_dtype)
+def test_cases(case, clusters, dtype, state_dtype):
+    cases.check_step(dataclasses.replace(case, clusters=clusters), dtype, "cuda", state_dtype)
+    if not clusters:
+        cases.check_rule(case, dtype, "cuda", state_dtype)
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize(("state_layout", "conv_layout"), [("vk", "cw"), ("kv", "wc")])
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
-def test_real_shapes(phase, heads, state_layout, conv_layout, state_dtype):
-    case = _case(phase, heads, state_layout=state_layout, conv_layout=conv_layout)
+@KERNELS
+def test_real_shapes(clusters, phase, heads, state_layout, conv_layout, state_dtype):
+    case = _case(phase, heads, state_layout=state_layout, conv_layout=conv_layout, clusters=clusters)
     cases.check_step(case, torch.bfloat16, "cuda", state_dtype)
-    cases.check_rule(case, torch.bfloat16, "cuda", state_dtype)
+    if not clusters:
+        cases.check_rule(case, torch.bfloat16, "cuda", state_dtype)
 
 
 @pytest.mark.parametrize("keys", ["correlated", "identical"])
 @pytest.mark.parametrize("gates", [0.0, -20.0, "resets"], ids=str)
-def test_hard_keys(keys, gates):
-    case = cases.Case("", "verify", cases.LONG, heads=(2, 4, 128, 128), keys=keys, gates=gates, betas=1.0)
+@KERNELS
+def test_hard_keys(clusters, keys, gates):
+    case = cases.Case(
+        "", "verify", cases.LONG, heads=(2, 4, 128, 128), keys=keys, gates=gates, betas=1.0, clusters=clusters
+    )
     cases.check_step(case, torch.bfloat16, "cuda")
-    cases.check_rule(case, torch.bfloat16, "cuda")
+    if not clusters:
+        cases.check_rule(case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
-def test_neighbours_change_no_bits(phase, state_dtype):
-    cases.check_step_neighbours(phase, torch.bfloat16, "cuda", state_dtype, heads=(4, 8, 128, 128))
+@KERNELS
+def test_neighbours_change_no_bits(clusters, phase, state_dtype):
+    cases.check_step_neighbours(phase, torch.bfloat16, "cuda", state_dtype, heads=(4, 8, 128, 128), clusters=clusters)
 
 
 @pytest.mark.parametrize("cu_seqlens", base.MALFORMED, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
-def test_survives_malformed_cu_seqlens(cu_seqlens, phase):
-    cases.check_step_malformed(cu_seqlens, phase, torch.bfloat16, "cuda")
+@KERNELS
+def test_survives_malformed_cu_seqlens(clusters, cu_seqlens, phase):
+    cases.check_step_malformed(cu_seqlens, phase, torch.bfloat16, "cuda", clusters)
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
-def test_200_launches_bitwise_equal(phase, state_dtype):
-    given = cases.make_step(_case(phase, (16, 32, 128, 128), count=40), torch.bfloat16, "cuda", state_dtype)
+@KERNELS
+def test_200_launches_bitwise_equal(clusters, phase, state_dtype):
+    case = _case(phase, (16, 32, 128, 128), count=40, clusters=clusters)
+    given = cases.make_step(case, torch.bfloat16, "cuda", state_dtype)
     start = [pool.clone() for pool in given.storages]
 
     def launch():
@@ -94,7 +117,8 @@ METADATA = ("cu_seqlens", "read_slots", "write_slots", "has_state")
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_cuda_graph_replays_with_new_contents_and_nothing_waits(phase):
+@KERNELS
+def test_cuda_graph_replays_with_new_contents_and_nothing_waits(clusters, phase):
     """Metadata is refilled between replays: other lengths, slots and flags, and fewer tokens than were captured."""
     batches = {
         "decode": [
@@ -108,7 +132,7 @@ def test_cuda_graph_replays_with_new_contents_and_nothing_waits(phase):
             ((0, True, 0, (1, 2)), (1, True, -1, (3, 4))),
         ],
     }[phase]
-    case = cases.Case("", phase, batches[0], heads=(4, 8, 128, 128), slots=8)
+    case = cases.Case("", phase, batches[0], heads=(4, 8, 128, 128), slots=8, clusters=clusters)
     given = cases.make_step(case, torch.bfloat16, "cuda", torch.float32)
     given.conv.normal_()
     given.state.normal_()
@@ -143,7 +167,8 @@ def test_cuda_graph_replays_with_new_contents_and_nothing_waits(phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_states_beyond_2_to_31_elements(phase, much_memory):
+@KERNELS
+def test_states_beyond_2_to_31_elements(clusters, phase, much_memory):
     """The last slot of a pool lies beyond what 32 bits can address."""
     h, hv, k, v = heads = (1, 1, 128, 128)
     stride = 2**30 + 64
@@ -156,6 +181,7 @@ def test_states_beyond_2_to_31_elements(phase, much_memory):
         ((1, True, 2, (1,) if phase == "verify" else 1), (1, True, 0, (0,) if phase == "verify" else 0)),
         heads=heads,
         slots=3,
+        clusters=clusters,
     )
     given = cases.make_step(case, torch.bfloat16, "cuda", torch.bfloat16)
     state.copy_(given.state)
