@@ -1,4 +1,5 @@
-"""gdn_step, the whole core of a decode step in one kernel, beside the peers' chains: `python benchmarks/decode.py [--out FOLDER]`.
+"""gdn_step, the whole core of a decode step in one kernel, beside the peers' chains: `python benchmarks/decode.py [--out FOLDER]
+[--provider triton]`.
 
 16 key and 32 value heads of 128 (OLMo-hybrid: 30 heads, K 96, V 192, beta up to 2), bf16 activations, paged states of
 B + 1 slots; several pools take turns where they fit into the L2 cache. State TB/s counts the recurrent state read and
@@ -11,11 +12,10 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, chain_ms, chain_note, is_h200, peer, replay_ms, report
+from gpu import HERE, ceilings, chain_ms, chain_note, chosen, is_h200, peer, replay_ms, report
 from peers import fla_chain, measure, peer_chain_ms
 
 import gdnir
-from gdnir.lowering import find
 
 QWEN, OLMO = (16, 32, 128, 128), (30, 30, 96, 192)
 BATCHES = 1, 8, 32, 128, 256, 512
@@ -25,10 +25,10 @@ def rand(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def calls(batch, state_dtype, heads=QWEN, drafts=1, beside=False):
+def calls(batch, state_dtype, provider, heads=QWEN, drafts=1, beside=False):
     """(ours, fla-core's chain, torch's multiplication in place of as many bytes of state): each on as many pools as it takes to
-    exceed the L2 cache twice; and our first result."""
-    (h, hv, k, v), step = heads, find("gdn_step", "triton").run
+    exceed the L2 cache twice; our first result, and the provider of our kernel."""
+    h, hv, k, v = heads
     slots = batch * (1 if drafts == 1 else 1 + drafts) + 1
     tokens, channels = batch * drafts, 2 * h * k + hv * v
     order = torch.randperm(slots - 1).tolist()
@@ -42,21 +42,23 @@ def calls(batch, state_dtype, heads=QWEN, drafts=1, beside=False):
     weight = rand(channels, 4)
     small = rand(hv, dtype=torch.float32), rand(hv, dtype=torch.float32), rand(v)
     acts = rand(tokens, channels), rand(tokens, hv, v), rand(tokens, hv), rand(tokens, hv)
-    ours, chains, plain = [], [], []
+    ours, chains, plain, lowering = [], [], [], None
     for _ in range(max(1, math.ceil(120e6 / (slots * hv * k * v * state_dtype.itemsize)))):
         conv, state = rand(slots, channels, 3), rand(slots, hv, v, k, dtype=torch.float32).mul_(0.1).to(state_dtype)
         if beside and (chain := fla_chain(acts, weight, small, conv, state, order[:batch], heads, heads == OLMO)):
             chains.append(chain)
+        operands = *acts, weight, None, conv, state, *small, seq
+        lowering = lowering or chosen("gdn_step", operands, options, provider)
         plain.append(lambda s=state[:batch]: s.mul_(0.999))
-        ours.append(lambda c=conv, s=state: step(*acts, weight, None, c, s, *small, seq, **options))
-    return ours, chains, plain, ours[0]()
+        ours.append(lambda operands=operands: lowering.run(*operands, **options))
+    return ours, chains, plain, ours[0](), lowering.provider
 
 
-def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
+def row(phase, batch, dtype, heads, provider, copy, notes, drafts=1, vllm=None):
     hv, k, v = heads[1:]
     name = str(dtype).removeprefix("torch.")
     beside = drafts == 1 and dtype == torch.float32  # fla-core's states are f32
-    ours, chains, plain, first = calls(batch, dtype, heads, drafts, beside)
+    ours, chains, plain, first, used = calls(batch, dtype, provider, heads, drafts, beside)
     theirs = measure(f"{phase} B={batch}, fla-core", chains, first, notes)
     ms, chained = replay_ms(*ours, replays=60), chain_ms(*ours)
     beside_chained = theirs and measure(
@@ -68,6 +70,7 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
     moved += (1 + drafts) * batch * 3 * 2 * (2 * heads[0] * k + hv * v)
     return {
         "phase": phase,
+        "provider": used,
         "state": name,
         "B": batch,
         "us": ms * 1e3,
@@ -84,21 +87,25 @@ def row(phase, batch, dtype, heads, copy, notes, drafts=1, vllm=None):
     }
 
 
-def main(out: Annotated[Path, typer.Option()] = HERE / "results"):
+def main(
+    out: Annotated[Path, typer.Option()] = HERE / "results",
+    provider: Annotated[str, typer.Option(help="default: what the lowering chooses on this device")] = "default",
+):
+    name, asked = ("decode", None) if provider == "default" else (f"decode_{provider}", provider)
     copy, _ = ceilings()
     rows, notes = [], [chain_note()]
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+        state = str(dtype).removeprefix("torch.")
         for batch in BATCHES:
-            vllm = peer("decode", f"(16,32) B={batch} {name}", "vllm conv+gdr+norm")
-            rows.append(row("decode", batch, dtype, QWEN, copy, notes, vllm=vllm))
+            vllm = peer("decode", f"(16,32) B={batch} {state}", "vllm conv+gdr+norm")
+            rows.append(row("decode", batch, dtype, QWEN, asked, copy, notes, vllm=vllm))
     for dtype in (torch.float32, torch.bfloat16):
-        for batch in (32, 128):
-            rows.append(row("verify L=4", batch, dtype, QWEN, copy, notes, drafts=4))
+        for batch in (1, 32, 128):
+            rows.append(row("verify L=4", batch, dtype, QWEN, asked, copy, notes, drafts=4))
     for batch in (1, 32, 128):
-        rows.append(row("decode OLMo", batch, torch.float32, OLMO, copy, notes))
+        rows.append(row("decode OLMo", batch, torch.float32, OLMO, asked, copy, notes))
     report(
-        "decode",
+        name,
         rows,
         [
             f"copy {copy:.2f} TB/s; both peers take three kernels, convolution, rule and norm, fla-core's of this run",

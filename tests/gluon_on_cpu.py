@@ -95,6 +95,8 @@ class Shared:
         tile.copy_(value)
 
     def _reinterpret(self, dtype, shape, layout):
+        if len(shape) == 2:  # other pieces of the same bytes
+            return self.part(lambda: self.get().view(shape), 0, 1, 1)
         count, rows, columns = shape
         if columns == 64:  # tiles of other elements in the same place
             get = lambda: self.get().view(-1).view(dtype)[: count * rows * columns].view(shape)
@@ -388,7 +390,7 @@ class Launched:
             "_after_16": lambda x, zero: x,
             "_arrive": lambda: None,
             "_wait": lambda: None,
-            "_over_groups": lambda x, turn, ctas, group: x.view(-1, group).sum(1).repeat_interleave(group),
+            "_over_groups": lambda sums, ctas, group: [x.view(-1, group).sum(1).repeat_interleave(group) for x in sums],
             **self.instead,
         }
         arguments = [self.argument(x) for x in args]

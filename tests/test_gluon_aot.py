@@ -148,37 +148,44 @@ def test_no_recompilation_when_only_the_batch_changes(compiled, monkeypatch):
     assert len({id(kernel) for kernel in compiled}) == len(KERNELS)
 
 
-CLUSTERS = triton_cases_step.step_of(clusters=True)
+WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles")}
 
 
 # Registers at most: as many CTAs have room on a multiprocessor as were measured.
 @pytest.mark.parametrize(
-    ("phase", "heads", "state", "most"),
+    ("phase", "by", "heads", "state", "most"),
     [
-        ("decode", "qwen", torch.float32, 128),
-        ("decode", "qwen", torch.bfloat16, 128),
-        ("decode", "r3", torch.float32, 128),
-        ("decode", "olmo", torch.float32, 128),
-        ("verify", "qwen", torch.float32, 255),
-        ("verify", "r4", torch.bfloat16, 255),
+        ("decode", "clusters", "qwen", torch.float32, 128),
+        ("decode", "clusters", "qwen", torch.bfloat16, 128),
+        ("decode", "clusters", "r3", torch.float32, 128),
+        ("decode", "clusters", "olmo", torch.float32, 128),
+        ("verify", "clusters", "qwen", torch.float32, 168),
+        ("verify", "clusters", "r4", torch.bfloat16, 168),
+        ("decode", "tiles", "qwen", torch.float32, 104),
+        ("decode", "tiles", "r3", torch.bfloat16, 128),
+        ("verify", "tiles", "qwen", torch.float32, 248),
+        ("verify", "tiles", "qwen", torch.bfloat16, 128),
+        ("verify", "tiles", "olmo", torch.float32, 248),
     ],
     ids=str,
 )
-def test_a_step_by_clusters_compiles_within_limits(compiled, tmp_path, phase, heads, state, most):
-    launch_step(phase, torch.bfloat16, state, heads=heads, step=CLUSTERS)
+def test_a_step_compiles_within_limits(compiled, tmp_path, phase, by, heads, state, most):
+    launch_step(phase, torch.bfloat16, state, heads=heads, step=WAYS[by])
     (kernel,) = compiled
     registers, stack = resources(kernel, tmp_path)
     print(f"{registers} registers, {stack} B stack, {kernel.metadata.shared} B shared")
     assert registers <= most
     assert stack == 0
-    assert kernel.metadata.num_ctas == {"qwen": 4, "r3": 8, "r4": 8, "olmo": 4}[heads]
+    assert kernel.metadata.num_ctas == ({"qwen": 4, "r3": 8, "r4": 8, "olmo": 4}[heads] if by == "clusters" else 1)
+    assert kernel.metadata.shared <= TARGETS["sm_90"][1] * 1024
 
 
+@pytest.mark.parametrize("by", WAYS)
 @pytest.mark.parametrize("phase", ["decode", "verify"])
-def test_no_recompilation_of_a_step_by_clusters(compiled, phase):
+def test_no_recompilation_of_a_step(compiled, phase, by):
     for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4), (33, 32, 3)):
         launch_step(
-            phase, torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift, step=CLUSTERS
+            phase, torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift, step=WAYS[by]
         )
     assert len({id(kernel) for kernel in compiled}) == 1
 

@@ -44,24 +44,30 @@ def test_a_few_compositions_of_a_batch():
         check_compositions("gluon", (1, 1, 128, 128), "cpu", count=4, lengths=(0, 3, 66, 400), neighbours=3)
 
 
+BY = pytest.mark.parametrize("by", ["clusters", "tiles"])
+
+
+@BY
 @pytest.mark.parametrize("case", step_cases.CASES, ids=lambda case: case.id)
-def test_step(case):
+def test_step(case, by):
     with gluon_on_cpu():
-        step_cases.check_step(dataclasses.replace(case, clusters=True), torch.float32, "cpu")
+        step_cases.check_step(dataclasses.replace(case, by=by), torch.float32, "cpu")
 
 
+@BY
 @pytest.mark.parametrize("heads", [(1, 4, 128, 128), (1, 1, 96, 192)], ids=str)
 @pytest.mark.parametrize("phase", ["decode", "verify"])
-def test_step_of_real_heads(phase, heads):
+def test_step_of_real_heads(phase, heads, by):
     rows = step_cases.ROWS[phase]
-    case = step_cases.Case("", phase, rows, heads=heads, slots=step_cases.SLOTS[phase], bias=True, clusters=True)
+    case = step_cases.Case("", phase, rows, heads=heads, slots=step_cases.SLOTS[phase], bias=True, by=by)
     with gluon_on_cpu():
         step_cases.check_step(case, torch.bfloat16, "cpu", torch.bfloat16)
 
 
+@BY
 @pytest.mark.parametrize("phase", ["decode", "verify"])
-def test_step_neighbours_and_malformed_cu_seqlens(phase):
+def test_step_neighbours_and_malformed_cu_seqlens(phase, by):
     with gluon_on_cpu():
-        step_cases.check_step_neighbours(phase, torch.float32, "cpu", clusters=True)
+        step_cases.check_step_neighbours(phase, torch.float32, "cpu", by=by)
         for cu_seqlens in base.MALFORMED:
-            step_cases.check_step_malformed(cu_seqlens, phase, torch.float32, "cpu", clusters=True)
+            step_cases.check_step_malformed(cu_seqlens, phase, torch.float32, "cpu", by=by)

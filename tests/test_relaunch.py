@@ -169,12 +169,13 @@ def run_step(phase):
     aot.launch_step(phase, torch.bfloat16, torch.bfloat16, layout="kv")
 
 
-def run_clusters():
-    for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4)):
-        aot.launch_step(
-            "decode", torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift,
-            step=gluon_aot.CLUSTERS,
-        )  # fmt: skip
+def run_gluon_step():
+    for by, step in gluon_aot.WAYS.items():
+        for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4)):
+            phase = "decode" if by == "clusters" else "verify"
+            aot.launch_step(
+                phase, torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift, step=step
+            )
 
 
 def run_rule_step():
@@ -217,7 +218,7 @@ def run_gluon():
     [
         lambda: run_step("decode"),
         lambda: run_step("verify"),
-        run_clusters,
+        run_gluon_step,
         run_rule_step,
         lambda: run_conv("prefill"),
         lambda: run_conv("decode"),
@@ -226,7 +227,7 @@ def run_gluon():
         run_triton_rule,
         run_gluon,
     ],
-    ids=["step", "verify", "clusters", "rule_step", "conv", "update", "prep", "small", "triton_rule", "gluon"],
+    ids=["step", "verify", "gluon_step", "rule_step", "conv", "update", "prep", "small", "triton_rule", "gluon"],
 )
 def test_the_driver_is_told_the_same(both, run):
     run()

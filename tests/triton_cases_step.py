@@ -20,7 +20,7 @@ class Case:
     """One batch. `rows`, `tail`, `slots`: as in triton_cases. `gates` and `betas`: "random" or the value of all.
 
     `extra` is P - (W - 1); `strided` puts both pools into wider storage; `wide_conv`: an f32 conv state whatever x is;
-    `clusters`: gdn_step by Gluon's clusters.
+    `by`: which of Gluon's ways gdn_step takes.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Case:
     betas: object = "random"
     strided: bool = False
     wide_conv: bool = False
-    clusters: bool = False
+    by: str = ""
 
     @property
     def channels(self):
@@ -172,9 +172,7 @@ def make_step(case, dtype, device, state_dtype, seed=0):
         "allow_neg_eigval": case.neg, "scale": k**-0.5, "state_layout": case.state_layout, "eps": 1e-6,
         "gate": case.gate,
     }  # fmt: skip
-    return Inputs(
-        operands, conv, state, (conv_storage, state_storage), seq, judge, owned, step_of(case.clusters), options
-    )
+    return Inputs(operands, conv, state, (conv_storage, state_storage), seq, judge, owned, step_of(case.by), options)
 
 
 def run_step(given, seq=None):
@@ -184,8 +182,8 @@ def run_step(given, seq=None):
     )
 
 
-def step_of(clusters):
-    return functools.partial(gluon_step.gdn_step, clusters=True) if clusters else triton_step.gdn_step
+def step_of(by):
+    return functools.partial(gluon_step.gdn_step, by=by) if by else triton_step.gdn_step
 
 
 def oracle_step(given, judge):
@@ -273,9 +271,9 @@ def _alone(seq, n):
     )
 
 
-def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads=(2, 4, 16, 16), clusters=False):
+def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads=(2, 4, 16, 16), by=""):
     """Each row alone gives the bits that it has in the batch; so does a second launch."""
-    case = Case("", phase, ROWS[phase], slots=SLOTS[phase], heads=heads, bias=True, clusters=clusters)
+    case = Case("", phase, ROWS[phase], slots=SLOTS[phase], heads=heads, bias=True, by=by)
     whole, again, single = (make_step(case, dtype, device, state_dtype) for _ in range(3))
     y = run_step(whole)
     assert torch.equal(bits(run_step(again)), bits(y))
@@ -290,7 +288,7 @@ def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads
             assert torch.equal(bits(mine), bits(theirs))
 
 
-def check_step_malformed(cu_seqlens, phase, dtype, device, clusters=False):
+def check_step_malformed(cu_seqlens, phase, dtype, device, by=""):
     """cu_seqlens that lie: every token of y is written, and nothing outside the named slots."""
     tokens, size, (h, hv, k, v) = 20, 8, (1, 2, 8, 8)
     c = 2 * h * k + hv * v
@@ -299,7 +297,7 @@ def check_step_malformed(cu_seqlens, phase, dtype, device, clusters=False):
     state = torch.full((size + 2, hv, v, k), 7.0, device=device)
     ones = {"dtype": dtype, "device": device}
     with base.poisoned():
-        y = step_of(clusters)(
+        y = step_of(by)(
             torch.ones(tokens, c, **ones), torch.ones(tokens, hv, v, **ones), torch.ones(tokens, hv, **ones),
             torch.ones(tokens, hv, **ones), torch.ones(c, 4, **ones), None, conv[1:-1], state[1:-1],
             torch.zeros(hv, device=device), torch.zeros(hv, device=device), torch.ones(v, device=device), seq,
@@ -307,7 +305,7 @@ def check_step_malformed(cu_seqlens, phase, dtype, device, clusters=False):
             scale=1.0, state_layout="vk", eps=1e-6, gate="silu",
         )  # fmt: skip
         assert y.isfinite().all(), "a token was not written"
-        if not clusters:
+        if not by:
             x = torch.ones(tokens, hv, **ones).float()
             o = triton_step.delta_rule_step(
                 torch.ones(tokens, h, k, **ones), torch.ones(tokens, h, k, **ones), torch.ones(tokens, hv, v, **ones),

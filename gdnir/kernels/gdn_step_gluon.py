@@ -1,17 +1,20 @@
-"""The kernel of gdn_step.py for few rows, on Hopper: what is one program there is a cluster of them here.
+"""The kernel of gdn_step.py on Hopper, for batches that are small, and for several tokens a row.
 
   qkv [T,C] -> conv update, SiLU -> q, k normalised; v -> delta rule -> gated RMSNorm with z -> y [T,HV,V]
 
-A cluster is one sequence and one key head h, with its R value heads. Each of its CTAs has BV rows of one head's state, in
-registers over the row's tokens, and convolves q and k for itself. Two things need the others: the norm, for which each tells
-all its sum of squares, and the in-place conv state of q and k, which is stored when all have read it. Arithmetic in f32,
-rounded once, in y and in the states. Layouts and what is trusted: as in gdn_step.py.
+A cluster is one sequence and one key head h, with the states of its R value heads, row by row, V_POW2 rows for each head. They
+are cut into tiles: each CTA takes one of BV rows, or, if the cluster is one CTA, all TILES of them one after the other. What
+tokens are made of is ready, in shared memory, before the first tile is there; a tile then goes through all tokens in registers.
+CTAs convolve q and k each for itself. Two things need the others: the norm, for which each tells all its sums of squares, and the
+in-place conv state of q and k, which is stored when all have read it. Arithmetic in f32, rounded once, in y and in the states.
+Layouts and what is trusted: as in gdn_step.py.
 """
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.runtime.jit import constexpr_function
 
+from .delta_rule_gluon_prep import _barrier
 from .gdn_gate import gate
 from .sigmoid import sigmoid, silu
 
@@ -53,31 +56,58 @@ def _taps_layout(channels, width, warps, ctas, step):
 
 
 @constexpr_function
+def _columns_layout(warps, ctas):
+    """A row in the lanes that have it in a tile: they share what there is of each tile."""
+    return gl.BlockedLayout([1, 1], [4, 8], [warps, 1], [1, 0], _split(ctas, 1, 0))
+
+
+@constexpr_function
+def _heads_layout(warps):
+    return gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0])
+
+
+@constexpr_function
+def _matrix_layout(ctas, step):
+    return gl.SwizzledSharedLayout(1, 1, 1, [1, 0], _split(ctas, 0, step))
+
+
+@constexpr_function
 def _vector_layout(ctas, step):
     return gl.SwizzledSharedLayout(1, 1, 1, [0], _split(ctas, step))
 
 
 @constexpr_function
-def _sum_of_group(ctas, group):
-    """PTX: $0 is the sum of $1 over the `group` neighbouring CTAs of this one; $2 is 0 and 1 by turns.
+def _sums_of_groups(count, ctas, group):
+    """PTX: outputs are the sums of the inputs, `count` of them, over the `group` neighbouring CTAs of this one.
 
-    Every CTA writes to all others' shared memory. With two places a second sum may begin while another still adds the first.
+    Every CTA writes to all others' shared memory, once.
     """
+    given = range(count)
     code = [
-        f"{{ .shared .align 4 .b32 given[{2 * ctas}]; .reg .b32 rank, mine, at; .reg .f32 x, sum; .reg .pred some;",
-        "mov.u32 rank, %cluster_ctarank; mov.u32 at, %tid.x;",
+        f"{{ .shared .align 4 .b32 given[{count * ctas}]; .reg .b32 rank, mine, at; .reg .f32 x, sum; .reg .pred some;",
+        "mov.u32 rank, %cluster_ctarank; mov.u32 at, %tid.x; mov.u32 mine, given;",
         f"setp.lt.u32 some, at, {ctas};",
-        f"mov.u32 mine, given; mad.lo.u32 mine, $2, {4 * ctas}, mine;",
         "mad.lo.u32 rank, rank, 4, mine;",
         "@some mapa.shared::cluster.u32 rank, rank, at;",
-        "@some st.shared::cluster.f32 [rank], $1;",
+        *[f"@some st.shared::cluster.f32 [rank+{4 * ctas * i}], ${count + i};" for i in given],
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
         f"mov.u32 rank, %cluster_ctarank; and.b32 rank, rank, {ctas - group}; mad.lo.u32 at, rank, 4, mine;",
-        "mov.f32 sum, 0f00000000;",
-        *[f"ld.shared.f32 x, [at+{4 * i}]; add.f32 sum, sum, x;" for i in range(group)],
-        "mov.f32 $0, sum; }",
     ]
-    return "\n".join(code)
+    for i in given:
+        code.append("mov.f32 sum, 0f00000000;")
+        code += [f"ld.shared.f32 x, [at+{4 * (ctas * i + j)}]; add.f32 sum, sum, x;" for j in range(group)]
+        code.append(f"mov.f32 ${i}, sum;")
+    return "\n".join([*code, "}"])
+
+
+@constexpr_function
+def _constraints(count):
+    return ",".join(["=f"] * count + ["f"] * count)
+
+
+@constexpr_function
+def _floats(count):
+    return [gl.float32] * count
 
 
 @gluon.jit
@@ -95,21 +125,13 @@ def _wait():
 
 
 @gluon.jit
-def _over_groups(x, turn, CTAS: gl.constexpr, GROUP: gl.constexpr):
-    """x [CTAS], one element in each, summed over its group of CTAs; nobody goes on before all have come here."""
-    if CTAS > 1:
-        SUM: gl.constexpr = _sum_of_group(CTAS, GROUP)
-        x = gl.inline_asm_elementwise(SUM, "=f,f,r", [x, turn], dtype=gl.float32, is_pure=False, pack=1)
-    return x
-
-
-@gluon.jit
-def _sum_of_heads(x, turn, CTAS: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Each row of x [rows] replaced by the sum over its head, whose rows GROUP CTAs share."""
-    parts = gl.reshape(x, [CTAS, x.shape[0] // CTAS])
-    total = _over_groups(gl.sum(parts, axis=1), turn, CTAS, GROUP)
-    _, total = gl.broadcast(parts, gl.expand_dims(total, 1))
-    return gl.convert_layout(gl.reshape(total, x.shape), LAYOUT, assert_trivial=True)
+def _over_groups(sums, CTAS: gl.constexpr, GROUP: gl.constexpr):
+    """Each of `sums` [CTAS], one element in each CTA, over its group; nobody goes on before all have come here."""
+    COUNT: gl.constexpr = len(sums)
+    CODE: gl.constexpr = _sums_of_groups(COUNT, CTAS, GROUP)
+    CONSTRAINTS: gl.constexpr = _constraints(COUNT)
+    FLOATS: gl.constexpr = _floats(COUNT)
+    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, sums, dtype=FLOATS, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -131,26 +153,24 @@ def _oldest(conv_state, slot, c, P, stride_s, stride_c, stride_p, W: gl.constexp
 
 
 @gluon.jit
-def _load_windows(conv_state, slot, channels, masks, stateful, P, stride_s, stride_c, stride_p, W: gl.constexpr):
-    """The W-1 last inputs, oldest first, of the channels of q, of k and of v, as they lie in memory."""
-    windows = ()
-    for i in gl.static_range(3):
-        oldest = _oldest(conv_state, slot, channels[i], P, stride_s, stride_c, stride_p, W)
-        window = ()
-        for j in gl.static_range(W - 1):
-            window = window + (gl.load(oldest + j * stride_p, mask=masks[i] & stateful, other=0.0),)
-        windows = windows + (window,)
-    return windows
+def _load_window(conv_state, slot, c, mask, P, stride_s, stride_c, stride_p, W: gl.constexpr):
+    """The W-1 last inputs of channels c, oldest first, as they lie in memory."""
+    oldest, window = _oldest(conv_state, slot, c, P, stride_s, stride_c, stride_p, W), ()
+    for j in gl.static_range(W - 1):
+        window = window + (gl.load(oldest + j * stride_p, mask=mask, other=0.0),)
+    return window
 
 
 @gluon.jit
 def _store_windows(
-    conv_state, slot, channels, masks, stored, windows, P, stride_s, stride_c, stride_p, W: gl.constexpr
-):
-    for i in gl.static_range(3):
-        oldest = _oldest(conv_state, slot, channels[i], P, stride_s, stride_c, stride_p, W)
+    conv_state, slots, c, mask, inputs, S, P, stride_s, stride_c, stride_p, W: gl.constexpr, FIRST: gl.constexpr
+):  # fmt: skip
+    """To each slot the W-1 last of `inputs`, which the window before the first token begins: FIRST more of them for every slot."""
+    for t in gl.static_range(len(slots)):
+        stored = (slots[t] >= 0) & (slots[t] < S)
+        oldest = _oldest(conv_state, slots[t], c, P, stride_s, stride_c, stride_p, W)
         for j in gl.static_range(W - 1):
-            gl.store(oldest + j * stride_p, windows[i][j].to(conv_state.dtype.element_ty), mask=masks[i] & stored)
+            gl.store(oldest + j * stride_p, inputs[FIRST + t + j].to(conv_state.dtype.element_ty), mask=mask & stored)
 
 
 @gluon.jit
@@ -163,76 +183,87 @@ def _in_f32(values):
 
 @gluon.jit
 def _convolve(
-    window, new, filter_, W: gl.constexpr, W_POW2: gl.constexpr, ACTIVATION: gl.constexpr, TAPS: gl.constexpr
-):
-    """Oldest tap first, as in causal_conv1d.py."""
+    inputs, filter_, to, TOKENS: gl.constexpr, W: gl.constexpr, W_POW2: gl.constexpr, ACTIVATION: gl.constexpr,
+    TAPS: gl.constexpr,
+):  # fmt: skip
+    """Every token's outputs to shared memory. Oldest tap first, as in causal_conv1d.py."""
     w = gl.arange(0, W_POW2, gl.SliceLayout(0, TAPS))[None, :]
-    taps, acc = filter_[0].to(gl.float32), filter_[1]
-    inputs = window + (new,)
+    taps, of_tap = filter_[0].to(gl.float32), ()
     for i in gl.static_range(W):
-        acc = acc + gl.sum(gl.where(w == i, taps, 0.0), axis=1) * inputs[i]
-    if ACTIVATION == "silu":
-        acc = silu(acc)
-    return acc
+        of_tap = of_tap + (gl.sum(gl.where(w == i, taps, 0.0), axis=1),)
+    for t in gl.static_range(TOKENS):
+        acc = filter_[1]
+        for i in gl.static_range(W):
+            acc = acc + of_tap[i] * inputs[t + i]
+        if ACTIVATION == "silu":
+            acc = silu(acc)
+        to.index(t).store(acc)
 
 
 @gluon.jit
-def _load_token(
-    x, z, a, b, write_slots, t, live, channels, masks, head, inner, n, step, L,
+def _load_tokens(
+    x, z, a, b, write_slots, start, stop, valid, c_k, c_v, in_k, in_v, head, inner, n, TOKENS: gl.constexpr,
     stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
 ):  # fmt: skip
-    """What is needed of token t, the row's `step`th, as it lies in memory: (q, k, v), z, a, b, slot."""
-    at = t.to(gl.int64)
-    new = ()
-    for i in gl.static_range(3):
-        new = new + (gl.load(x + at * stride_xt + channels[i], mask=masks[i] & live, other=0.0),)
-    in_v = masks[2] & live
-    z_t = gl.load(z + at * stride_zt + head * stride_zh + inner, mask=in_v, other=0.0)
-    a_t = gl.load(a + at * stride_at + head, mask=in_v, other=0.0)
-    b_t = gl.load(b + at * stride_bt + head, mask=in_v, other=0.0)
-    write = gl.load(write_slots + n.to(gl.int64) * stride_wn + step * stride_wl, mask=live & (step < L), other=-1)
-    return new, z_t, a_t, b_t, write
+    """What is needed of the tokens, as it lies in memory: q and k, v, z, a, b, and the slots for their states."""
+    qks, vs, zs, gates, slots = (), (), (), (), ()
+    for t in gl.static_range(TOKENS):
+        at, live = (start + t).to(gl.int64), valid & (start + t < stop)
+        qks = qks + (gl.load(x + at * stride_xt + c_k, mask=in_k & live, other=0.0),)
+        vs = vs + (gl.load(x + at * stride_xt + c_v, mask=in_v & live, other=0.0),)
+        zs = zs + (gl.load(z + at * stride_zt + head * stride_zh + inner, mask=in_v & live, other=0.0),)
+        a_t = gl.load(a + at * stride_at + head, mask=in_v & live, other=0.0)
+        gates = gates + ((a_t, gl.load(b + at * stride_bt + head, mask=in_v & live, other=0.0)),)
+        to = write_slots + n.to(gl.int64) * stride_wn + t * stride_wl.to(gl.int64)
+        slots = slots + (gl.load(to, mask=live, other=-1),)
+    return qks, vs, zs, gates, slots
 
 
 @gluon.jit
-def _convolved(windows, new, filters, memory, W: gl.constexpr, W_POW2: gl.constexpr, ACTIVATION: gl.constexpr,
-               TAPS_K: gl.constexpr, TAPS_V: gl.constexpr):  # fmt: skip
-    """q, k and v to shared memory; the windows after it."""
-    memory[0].index(0).store(_convolve(windows[0], new[0], filters[0], W, W_POW2, ACTIVATION, TAPS_K))
-    memory[0].index(1).store(_convolve(windows[1], new[1], filters[1], W, W_POW2, ACTIVATION, TAPS_K))
-    memory[1].index(0).store(_convolve(windows[2], new[2], filters[2], W, W_POW2, ACTIVATION, TAPS_V))
-    return windows[0][1:] + (new[0],), windows[1][1:] + (new[1],), windows[2][1:] + (new[2],)
+def _factors(q, k, l2norm_eps, scale, AXIS: gl.constexpr):
+    """(what q is multiplied with for scale and l2norm, what k is, their product as they are)"""
+    by_q = scale * gl.rsqrt(gl.sum(q * q, axis=AXIS) + l2norm_eps)
+    return by_q, gl.rsqrt(gl.sum(k * k, axis=AXIS) + l2norm_eps), gl.sum(q * k, axis=AXIS)
 
 
 @gluon.jit
-def _update(tile, memory, a, b, rate, shift, l2norm_eps, scale, ALLOW_NEG_EIGVAL: gl.constexpr, TILE: gl.constexpr):
-    """The tile after the token whose q, k and v lie in shared memory; its outputs go there."""
-    OF_ROW: gl.constexpr = gl.SliceLayout(1, TILE)
-    OF_COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
-    columns, rows, outputs = memory
-    g, beta_v = gate(a.to(gl.float32), b.to(gl.float32), rate, shift, ALLOW_NEG_EIGVAL)
-    rows.index(1).store(gl.exp(g))
-    rows.index(2).store(beta_v)
-    q, k = columns.index(0).load(OF_COLUMN), columns.index(1).load(OF_COLUMN)
-    v, decay, beta = rows.index(0).load(OF_ROW), rows.index(1).load(OF_ROW), rows.index(2).load(OF_ROW)
-    # As delta_update in delta_rule_step.py, with the l2norm of q and k taken out of the sums.
+def _normalize(qk, dots, l2norm_eps, scale, K_POW2: gl.constexpr, LAYOUT: gl.constexpr):
+    """q and k of all tokens where they lie, [TOKENS_POW2, 2 K_POW2]."""
+    of_q, of_k = qk.slice(0, K_POW2, dim=1), qk.slice(K_POW2, K_POW2, dim=1)
+    q, k = of_q.load(LAYOUT), of_k.load(LAYOUT)
+    by_q, by_k, dot = _factors(q, k, l2norm_eps, scale, 1)
+    of_q.store(q * by_q[:, None])
+    of_k.store(k * by_k[:, None])
+    dots.store(dot * by_q * by_k)
+
+
+@gluon.jit
+def _update(tile, q, k, by_q, by_k, dot, v, decay, beta):
+    """(o, the tile after the token), as delta_update in delta_rule_step.py; q and k still lack their factors."""
     Sk = gl.sum(tile * k[None, :], axis=1)
     Sq = gl.sum(tile * q[None, :], axis=1)
-    by_q = gl.rsqrt(gl.sum(q * q, axis=0) + l2norm_eps)
-    by_k = gl.rsqrt(gl.sum(k * k, axis=0) + l2norm_eps)
     u = beta * by_k * (v - decay * (by_k * Sk))
-    outputs.index(0).store(scale * by_q * (decay * Sq + gl.sum(q * k, axis=0) * u))
-    return decay[:, None] * tile + u[:, None] * k[None, :]
+    return by_q * (decay * Sq + dot * u), decay[:, None] * tile + u[:, None] * k[None, :]
 
 
 @gluon.jit
-def _norm_gate(
-    o, z, gain, eps, turn, CTAS: gl.constexpr, GROUP: gl.constexpr, V: gl.constexpr, GATE: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    z = z.to(gl.float32)
-    act = silu(z) if GATE == "silu" else sigmoid(z)
-    return o * gl.rsqrt(_sum_of_heads(o * o, turn, CTAS, GROUP, LAYOUT) / V + eps) * gain * act
+def _nth(m, BLOCKS: gl.constexpr, APART: gl.constexpr):
+    """The mth tile that counts: the first BLOCKS of each head's APART do."""
+    if BLOCKS == APART:
+        j = m
+    else:
+        j = m // BLOCKS * APART + m % BLOCKS
+    return j
+
+
+@gluon.jit
+def _of_tile(state, j, stride_h, row, column, STRIDE_V: gl.constexpr, STRIDE_K: gl.constexpr, R: gl.constexpr,
+             K: gl.constexpr, V: gl.constexpr, V_POW2: gl.constexpr):  # fmt: skip
+    """(addresses of the cluster's jth tile in slot 0 from its first head on, which of them are the state's)"""
+    row = j * row.shape[0] + row
+    inside = ((row // V_POW2 < R) & (row % V_POW2 < V))[:, None] & (column < K)[None, :]
+    at = (row // V_POW2).to(gl.int64) * stride_h + (row % V_POW2).to(gl.int64) * STRIDE_V
+    return state + at[:, None] + (column.to(gl.int64) * STRIDE_K)[None, :], inside
 
 
 @gluon.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICED)
@@ -286,126 +317,204 @@ def gdn_step_gluon_kernel(
     V_POW2: gl.constexpr,
     BV: gl.constexpr,
     CTAS: gl.constexpr,
+    TILES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    EARLY: gl.constexpr,
+    TOKENS: gl.constexpr,
+    TOKENS_POW2: gl.constexpr,
     VECTOR: gl.constexpr,
     VERIFY: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ALLOW_NEG_EIGVAL: gl.constexpr,
     GATE: gl.constexpr,
 ):
-    """CTAS: those of a cluster, of whose rows each has BV. A head's rows are V_POW2 apart. VECTOR: elements in 16 bytes.
+    """CTAS of a cluster, tiles of a CTA, of which AHEAD are in flight: one of CTAS and TILES is 1. EARLY: q and k are normalised
+    once, not for each tile (CTAS is 1). VECTOR: elements in 16 bytes.
 
-    VERIFY stores the states after each of the first L tokens, decode that after the one token, or the old one of an empty row.
+    TOKENS: most of a sequence, 1 in decode. VERIFY stores the states after each of them, decode that after the one, or the old
+    one of an empty row.
     """
     WARPS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = CTAS * BV  # of all CTAs' tiles
+    HEADS: gl.constexpr = TILES * ROWS // V_POW2
+    PARTS: gl.constexpr = HEADS if CTAS == 1 else CTAS  # in which a CTA has sums of squares
+    APART: gl.constexpr = max(1, TILES // HEADS)  # tiles from one head to the next, of which those below V count
+    BLOCKS: gl.constexpr = min(APART, (V + BV - 1) // BV)
+    USED: gl.constexpr = 1 if CTAS > 1 else R * BLOCKS
     TILE: gl.constexpr = _state_layout(VECTOR, WARPS, CTAS)
-    TAPS_V: gl.constexpr = _taps_layout(BV, W_POW2, WARPS, CTAS, 1)
-    TAPS_K: gl.constexpr = _taps_layout(K_POW2, W_POW2, WARPS, CTAS, 0)
+    TAPS_V: gl.constexpr = _taps_layout(TILES * BV, W_POW2, WARPS, CTAS, 1)
+    TAPS_K: gl.constexpr = _taps_layout(2 * K_POW2, W_POW2, WARPS, CTAS, 0)
+    COLUMNS: gl.constexpr = _columns_layout(WARPS, CTAS)
     OF_V: gl.constexpr = gl.SliceLayout(1, TAPS_V)
     OF_ROW: gl.constexpr = gl.SliceLayout(1, TILE)
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
     if CTAS > 1:
         _arrive()  # nobody may write into the memory of one that has not begun
-    columns = gl.allocate_shared_memory(gl.float32, [2, K_POW2], _vector_layout(CTAS, 0))  # q, k
-    rows = gl.allocate_shared_memory(gl.float32, [3, CTAS * BV], _vector_layout(CTAS, 1))  # v, decay, beta
-    memory = columns, rows, gl.allocate_shared_memory(gl.float32, [1, CTAS * BV], _vector_layout(CTAS, 1))
+    qk = gl.allocate_shared_memory(gl.float32, [TOKENS_POW2, 2 * K_POW2], _vector_layout(CTAS, 0))
+    vs = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
+    decays = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
+    betas = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
+    outputs = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES, ROWS], _matrix_layout(CTAS, 1))
+    dots = gl.allocate_shared_memory(gl.float32, [1, TOKENS_POW2], _vector_layout(CTAS, 0))
+    dot_of_token = dots._reinterpret(gl.float32, [TOKENS_POW2, 1], _vector_layout(CTAS, 0))
+    q_and_k = qk._reinterpret(gl.float32, [2 * TOKENS_POW2, K_POW2], _vector_layout(CTAS, 0))
+    v_of_tile = vs._reinterpret(gl.float32, [TOKENS * TILES, ROWS], _vector_layout(CTAS, 1))
+    decay_of_tile = decays._reinterpret(gl.float32, [TOKENS * TILES, ROWS], _vector_layout(CTAS, 1))
+    beta_of_tile = betas._reinterpret(gl.float32, [TOKENS * TILES, ROWS], _vector_layout(CTAS, 1))
+    flat = outputs._reinterpret(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
 
     pid = gl.program_id(0)
     n = pid // H
     h = pid % H
-    d = gl.arange(0, K_POW2, gl.SliceLayout(1, TAPS_K))
-    in_k = d < K
-    i = gl.arange(0, CTAS * BV, OF_V)
+    d = gl.arange(0, 2 * K_POW2, gl.SliceLayout(1, TAPS_K))
+    in_k = d % K_POW2 < K
+    c_k = (d // K_POW2 * H + h) * K + d % K_POW2
+    i = gl.arange(0, TILES * ROWS, OF_V)
     inner = i % V_POW2
     in_v = (i // V_POW2 < R) & (inner < V)
     head = gl.where(in_v, h * R + i // V_POW2, 0)
     of_y = head * V + inner
-    channels = h * K + d, (H + h) * K + d, 2 * H * K + of_y
-    masks = in_k, in_k, in_v
-    row = gl.arange(0, CTAS * BV, OF_ROW)
+    c_v = 2 * H * K + of_y
+    row = gl.arange(0, ROWS, OF_ROW)
     column = gl.arange(0, K_POW2, OF_COLUMN)
-    in_row = (row // V_POW2 < R) & (row % V_POW2 < V)
-    in_tile = in_row[:, None] & (column < K)[None, :]
-    of_tile = (h * R + row // V_POW2).to(gl.int64) * stride_h + (row % V_POW2).to(gl.int64) * STRIDE_V
-    of_tile = of_tile[:, None] + (column.to(gl.int64) * STRIDE_K)[None, :]
 
     # All that is read is asked for before anything waits: what depends on no slot, then the few inputs, then the state.
     read = gl.load(read_slots + n)
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
     end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), start), T)
-    stop = end
-    if not VERIFY:
-        stop = gl.minimum(end, start + 1)
+    stop = gl.minimum(end, start + TOKENS)
     valid = (read >= 0) & (read < S)
     stateful = valid & (gl.load(has_state + n) != 0)
-    filter_q = _load_filter(weight, bias, channels[0], in_k, W, W_POW2, TAPS_K)
-    filter_k = _load_filter(weight, bias, channels[1], in_k, W, W_POW2, TAPS_K)
-    filters = filter_q, filter_k, _load_filter(weight, bias, channels[2], in_v, W, W_POW2, TAPS_V)
-    rate, shift = gl.load(A_log + head).to(gl.float32), gl.load(dt_bias + head).to(gl.float32)
-    gain = gl.load(norm_weight + inner, mask=in_v, other=0.0).to(gl.float32)
-    windows = _load_windows(conv_state, read, channels, masks, stateful, P, stride_cs, stride_cc, stride_cp, W)
-    ahead = _load_token(
-        x, z, a, b, write_slots, start, valid & (start < stop), channels, masks, head, inner, n, 0, L,
+    filter_k = _load_filter(weight, bias, c_k, in_k, W, W_POW2, TAPS_K)
+    filter_v = _load_filter(weight, bias, c_v, in_v, W, W_POW2, TAPS_V)
+    rate, shift = gl.load(A_log + head), gl.load(dt_bias + head)
+    gain = gl.load(norm_weight + inner, mask=in_v, other=0.0)
+    window_k = _load_window(conv_state, read, c_k, in_k & stateful, P, stride_cs, stride_cc, stride_cp, W)
+    window_v = _load_window(conv_state, read, c_v, in_v & stateful, P, stride_cs, stride_cc, stride_cp, W)
+    new_k, new_v, zs, gates, slots = _load_tokens(
+        x, z, a, b, write_slots, start, stop, valid, c_k, c_v, in_k, in_v, head, inner, n, TOKENS,
         stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
     )  # fmt: skip
-    tile = gl.load(state + read.to(gl.int64) * stride_s + of_tile, mask=in_tile & stateful, other=0.0)
+    first = state + (h * R).to(gl.int64) * stride_h
+    source = first + read.to(gl.int64) * stride_s
+    tiles = ()
+    for m in gl.static_range(AHEAD):
+        at, inside = _of_tile(
+            source, _nth(m, BLOCKS, APART), stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2
+        )
+        tiles = tiles + (gl.load(at, mask=inside & stateful, other=0.0),)
     if CTAS > 1:
         _wait()
 
-    if VERIFY:
-        tile = tile.to(gl.float32)
-        windows = _in_f32(windows[0]), _in_f32(windows[1]), _in_f32(windows[2])
-        t = start
-        while valid & (t < stop):
-            new, z_t, a_t, b_t, write = ahead
-            ahead = _load_token(
-                x, z, a, b, write_slots, t + 1, t + 1 < stop, channels, masks, head, inner, n, t + 1 - start, L,
-                stride_xt, stride_zt, stride_zh, stride_at, stride_bt, stride_wn, stride_wl,
-            )  # fmt: skip
-            stored = (write >= 0) & (write < S)
-            windows = _convolved(windows, _in_f32(new), filters, memory, W, W_POW2, ACTIVATION, TAPS_K, TAPS_V)
-            tile = _update(tile, memory, a_t, b_t, rate, shift, l2norm_eps, scale, ALLOW_NEG_EIGVAL, TILE)
-            to = state + write.to(gl.int64) * stride_s + of_tile
-            gl.store(to, tile.to(state.dtype.element_ty), mask=in_tile & stored)
-            o = memory[2].index(0).load(OF_V)
-            out = _norm_gate(o, z_t, gain, eps, (t - start) & 1, CTAS, V_POW2 // BV, V, GATE, OF_V)
-            gl.store(y + t.to(gl.int64) * (H * R * V) + of_y, out.to(y.dtype.element_ty), mask=in_v)
-            # all CTAs have read what they need of the old ones
+    if valid & (start < stop):  # the branch also keeps the compiler from computing before it has asked for the state
+        inputs_k, inputs_v = _in_f32(window_k + new_k), _in_f32(window_v + new_v)
+        _convolve(inputs_k, filter_k, qk, TOKENS, W, W_POW2, ACTIVATION, TAPS_K)
+        _convolve(inputs_v, filter_v, vs, TOKENS, W, W_POW2, ACTIVATION, TAPS_V)
+        outs = ()
+        for t in gl.static_range(TOKENS):
+            a_t, b_t = gates[t][0].to(gl.float32), gates[t][1].to(gl.float32)
+            g, beta_t = gate(a_t, b_t, rate.to(gl.float32), shift.to(gl.float32), ALLOW_NEG_EIGVAL)
+            decays.index(t).store(gl.exp(g))
+            betas.index(t).store(beta_t)
+            outs = outs + (gl.zeros([ROWS, TILES], gl.float32, COLUMNS),)
+        if EARLY:
+            rows_of_qk = qk._reinterpret(gl.float32, [TOKENS_POW2, 2 * K_POW2], _matrix_layout(CTAS, 0))
+            _normalize(rows_of_qk, dots.index(0), l2norm_eps, scale, K_POW2, _heads_layout(WARPS))
+        if CTAS == 1:
+            _barrier()  # all have read the old windows
             _store_windows(
-                conv_state, write, channels, masks, stored, windows, P, stride_cs, stride_cc, stride_cp, W
+                conv_state, slots, c_k, in_k, inputs_k, S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
-            t = t + 1
-    else:
-        write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
-        stored = valid & (write >= 0) & (write < S)
-        to = state + write.to(gl.int64) * stride_s + of_tile
-        if valid & (start < stop):
-            new, z_t, a_t, b_t, _ = ahead
-            old = _in_f32(windows[0]), _in_f32(windows[1]), _in_f32(windows[2])
-            after = _convolved(old, _in_f32(new), filters, memory, W, W_POW2, ACTIVATION, TAPS_K, TAPS_V)
-            updated = _update(
-                tile.to(gl.float32), memory, a_t, b_t, rate, shift, l2norm_eps, scale, ALLOW_NEG_EIGVAL, TILE
+            _store_windows(
+                conv_state, slots, c_v, in_v, inputs_v, S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
-            gl.store(to, updated.to(state.dtype.element_ty), mask=in_tile & stored)
-            o = memory[2].index(0).load(OF_V)
-            out = _norm_gate(o, z_t, gain, eps, 0, CTAS, V_POW2 // BV, V, GATE, OF_V)
-            gl.store(y + start.to(gl.int64) * (H * R * V) + of_y, out.to(y.dtype.element_ty), mask=in_v)
-            # as above
-            _store_windows(conv_state, write, channels, masks, stored, after, P, stride_cs, stride_cc, stride_cp, W)
-        elif start == stop:  # an empty row keeps its starting states
-            gl.store(to, tile, mask=in_tile & stored)
-            _store_windows(conv_state, write, channels, masks, stored, windows, P, stride_cs, stride_cc, stride_cp, W)
+
+        for this in range(USED):
+            j = _nth(this, BLOCKS, APART)
+            tile, after = tiles[0].to(gl.float32), ()
+            at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
+            mine = gl.arange(0, TILES, gl.SliceLayout(0, COLUMNS))[None, :] == j
+            for t in gl.static_range(TOKENS):
+                q, k = q_and_k.index(2 * t).load(OF_COLUMN), q_and_k.index(2 * t + 1).load(OF_COLUMN)
+                v = v_of_tile.index(t * TILES + j).load(OF_ROW)
+                decay = decay_of_tile.index(t * TILES + j).load(OF_ROW)
+                beta = beta_of_tile.index(t * TILES + j).load(OF_ROW)
+                if EARLY:
+                    by_q, by_k, dot = 1.0, 1.0, dot_of_token.index(t).load(OF_ROW)
+                else:
+                    by_q, by_k, dot = _factors(q, k, l2norm_eps, scale, 0)
+                o, tile = _update(tile, q, k, by_q, by_k, dot, v, decay, beta)
+                o = gl.convert_layout(o, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
+                after = after + (gl.where(mine, o[:, None], outs[t]),)
+                stored = (slots[t] >= 0) & (slots[t] < S)
+                gl.store(at + slots[t].to(gl.int64) * stride_s, tile.to(state.dtype.element_ty), mask=inside & stored)
+            outs = after
+            if AHEAD < USED:
+                later = this + AHEAD
+                at, inside = _of_tile(
+                    source, _nth(later, BLOCKS, APART), stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2
+                )
+                tiles = tiles[1:] + (gl.load(at, mask=inside & stateful & (later < USED), other=0.0),)
+            else:
+                tiles = tiles[1:] + (tiles[0],)
+
+        sums = ()
+        for t in gl.static_range(TOKENS):
+            outputs.index(t).permute([1, 0]).store(outs[t])
+        for t in gl.static_range(TOKENS):
+            o = flat.index(t).load(OF_V)
+            sums = sums + (
+                gl.sum(
+                    gl.reshape(o * o, [PARTS, TILES * ROWS // PARTS]),
+                    axis=1,
+                ),
+            )
+        if CTAS > 1:
+            sums = _over_groups(sums, CTAS, CTAS // HEADS)
+        for t in gl.static_range(TOKENS):
+            o = flat.index(t).load(OF_V)
+            parts = gl.reshape(o, [PARTS, TILES * ROWS // PARTS])
+            _, mean = gl.broadcast(parts, gl.expand_dims(sums[t] / V, 1))
+            mean = gl.convert_layout(gl.reshape(mean, [TILES * ROWS]), OF_V, assert_trivial=True)
+            z_t = zs[t].to(gl.float32)
+            act = silu(z_t) if GATE == "silu" else sigmoid(z_t)
+            out = o * gl.rsqrt(mean + eps) * gain.to(gl.float32) * act
+            at_y = y + (start + t).to(gl.int64) * (H * R * V) + of_y
+            gl.store(at_y, out.to(y.dtype.element_ty), mask=in_v & (start + t < stop))
+        if CTAS > 1:  # all have read the old windows
+            _store_windows(
+                conv_state, slots, c_k, in_k, inputs_k, S, P, stride_cs, stride_cc, stride_cp, W, 1
+            )  # fmt: skip
+            _store_windows(
+                conv_state, slots, c_v, in_v, inputs_v, S, P, stride_cs, stride_cc, stride_cp, W, 1
+            )  # fmt: skip
+    elif not VERIFY:
+        if valid & (start == stop):  # an empty row keeps its starting states
+            write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
+            stored = (write >= 0) & (write < S)
+            _store_windows(
+                conv_state, (write,), c_k, in_k, window_k, S, P, stride_cs, stride_cc, stride_cp, W, 0
+            )  # fmt: skip
+            _store_windows(
+                conv_state, (write,), c_v, in_v, window_v, S, P, stride_cs, stride_cc, stride_cp, W, 0
+            )  # fmt: skip
+            for j in range(TILES):
+                at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
+                kept = gl.load(at + read.to(gl.int64) * stride_s, mask=inside & stateful, other=0.0)
+                gl.store(at + write.to(gl.int64) * stride_s, kept, mask=inside & stored)
+
     # A slot that does not exist raises the sticky flag, also one that nothing uses.
     gl.store(error, 1, mask=read >= S)
     step = gl.where(h == 0, 0, L)
     while step < L:
         gl.store(error, 1, mask=gl.load(write_slots + n.to(gl.int64) * stride_wn + step * stride_wl) >= S)
         step = step + 1
-    # The tokens of a padding row are 0. So are those past the last sequence and (if cu_seqlens is malformed, or decode has a
-    # second token) those of nobody, which whoever is next to them clears.
-    t = gl.where(n == 0, 0, gl.where(valid, stop, start))
+    # The tokens of a padding row are 0. So are those past the last sequence and (if cu_seqlens is malformed, or a row has more
+    # than TOKENS) those of nobody, which whoever is next to them clears.
+    clear = gl.where(n == 0, 0, gl.where(valid, stop, start))
     after_end = gl.where(n == N - 1, T, end)
-    while t < after_end:
-        if (t < start) | (t >= stop) | (valid == 0):
-            zero = gl.zeros([CTAS * BV], y.dtype.element_ty, OF_V)
-            gl.store(y + t.to(gl.int64) * (H * R * V) + of_y, zero, mask=in_v)
-        t = t + 1
+    while clear < after_end:
+        if (clear < start) | (clear >= stop) | (valid == 0):
+            zero = gl.zeros([TILES * ROWS], y.dtype.element_ty, OF_V)
+            gl.store(y + clear.to(gl.int64) * (H * R * V) + of_y, zero, mask=in_v)
+        clear = clear + 1

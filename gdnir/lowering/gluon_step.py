@@ -1,11 +1,11 @@
-"""Launch the Gluon kernel of `gdn_step` on Hopper, for batches too small to fill the device with Triton's. As in `triton_launch`: no
-checks, no sync, no tuning at run time, and nothing is compiled again when only the batch changes.
+"""Launch the Gluon kernel of `gdn_step` on Hopper, where it is faster than Triton's. As in `triton_launch`: no checks, no sync, no
+tuning at run time, and nothing is compiled again when only the batch changes.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -17,31 +17,61 @@ from gdnir.lowering.triton_launch import _kernels, _next_power_of_2
 if TYPE_CHECKING:
     from gdnir.seq import Seq
 
-# TILE: elements of the state in one CTA, unless its cluster would have too many of them. FILL: sequences and key heads for each
-# multiprocessor up to which clusters are faster than Triton's kernel, which has one program for each.
-_CHOICES = {"TILE": (4096, 8192, 16384), "FILL": (0.5, 1.0, 1.5, 2.0)}
-# by bits of an element of the state
-_TABLES = tables.load("gluon_step", {f"{name}_{bits}": _CHOICES for name in ("step", "verify") for bits in (32, 16)})
-STEP, VERIFY = ({size: _TABLES[f"{name}_{8 * size}"]["default"] for size in (4, 2)} for name in ("step", "verify"))
+# TILE: elements of the state in a tile. FILL: sequences and key heads for each multiprocessor up to which a cluster for each is
+# faster than one program. AHEAD: tiles of a program in flight. EARLY: q and k are normalised before the first tile, not for each.
+_TILES, _WARPS = (1024, 2048, 4096, 8192, 16384), (2, 4, 8)
+_CLUSTERS = {"TILE": _TILES, "FILL": (0.4, 0.5, 1.0, 1.5, 2.0)}
+_ONE = {
+    "TILE": _TILES,
+    "AHEAD": (1, 2, 3, 4),
+    "EARLY": (True, False),
+    "num_warps": _WARPS,
+    "maxnreg": range(64, 256, 8),
+}
+_TABLES = tables.load(
+    "gluon_step",
+    {  # by bits of an element of the state
+        **{f"{name}_clusters_{bits}": _CLUSTERS for name in ("decode", "verify") for bits in (32, 16)},
+        **{f"{name}_{bits}": _ONE for name in ("decode", "verify") for bits in (32, 16)},
+    },
+)
+# The kernel is Hopper's alone, so one kind of GPU is all there is.
+CLUSTERS, ONE = (
+    {phase: {size: _TABLES[f"{phase}{how}_{8 * size}"]["default"] for size in (4, 2)} for phase in ("decode", "verify")}
+    for how in ("_clusters", "")
+)
 MOST_CTAS = 8
 """Of a cluster that every device can run. Each has rows of one value head."""
 ELEMENTS = 64
-"""Of the state in one thread."""
+"""Of the state in one thread of a CTA that has one tile."""
+MOST_TOKENS = 8
+"""Of a row, for which the kernel's code is written out."""
 
 
-class Cluster(NamedTuple):
-    rows: int  # of one CTA
-    ctas: int
-    warps: int
-
-
-@functools.cache
-def cluster(tile: int, heads: tuple[int, int, int, int]) -> Cluster:
-    """How the states of a key head, which has at most MOST_CTAS value heads, are spread over CTAs of about `tile` elements."""
+def _cluster(tile: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
+    """A key head's states, of at most MOST_CTAS value heads, spread over CTAs of about `tile` elements."""
     h, hv, k, v = heads
     rows, columns = _next_power_of_2(hv // h) * _next_power_of_2(v), _next_power_of_2(k)
     each = min(max(1, tile // columns, rows // MOST_CTAS), _next_power_of_2(v))
-    return Cluster(each, rows // each, max(4, each * columns // (32 * ELEMENTS)))
+    warps = max(4, each * columns // (32 * ELEMENTS))
+    return {
+        "BV": each,
+        "CTAS": rows // each,
+        "TILES": 1,
+        "AHEAD": 1,
+        "EARLY": False,
+        "num_warps": warps,
+        "num_ctas": rows // each,
+    }
+
+
+def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str, Any]:
+    """A key head's states in tiles that one CTA goes through."""
+    h, hv, k, v = heads
+    rows, options = _next_power_of_2(hv // h) * _next_power_of_2(v), dict(choices)
+    each = min(max(1, options.pop("TILE") // _next_power_of_2(k)), _next_power_of_2(v))
+    tiles = rows // each
+    return {**options, "BV": each, "CTAS": 1, "TILES": tiles, "AHEAD": min(options["AHEAD"], tiles), "num_ctas": 1}
 
 
 def gdn_step(
@@ -67,31 +97,31 @@ def gdn_step(
     state_layout: str,
     eps: float,
     gate: str,
-    clusters: bool | None = None,
+    by: Literal["clusters", "tiles"] | None = None,
 ) -> Tensor:
     """`triton_step.gdn_step` for a state [S, HV, V, K] and at most MOST_CTAS value heads of a key head.
 
-    `clusters`: a cluster of CTAs for each sequence and key head, or Triton's kernel, which has one program for them; None: the
-    faster one, by how many there are.
+    `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states; None: the
+    faster one, by how many there are. Rows of more than MOST_TOKENS columns are left to Triton's kernel.
     """
-    verify = seq.phase == "verify"
-    choices = (VERIFY if verify else STEP)[state.element_size()]
-    programs = seq.num_seqs * heads[0]
-    if clusters is None:
-        clusters = programs <= choices["FILL"] * device_facts(state.device)[0]
-    if not clusters or programs == 0 or heads[1] * heads[3] == 0:
+    drafts = seq.write_slots.shape[1] if seq.phase == "verify" else 0
+    size, programs = state.element_size(), seq.num_seqs * heads[0]
+    if drafts > MOST_TOKENS or programs == 0 or heads[1] * heads[3] == 0:
         return triton_step.gdn_step(
             qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, seq, activation=activation,
             conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
             state_layout=state_layout, eps=eps, gate=gate,
         )  # fmt: skip
+    if by is None:
+        most = CLUSTERS["verify" if drafts else "decode"][size]["FILL"] * device_facts(state.device)[0]
+        by = "clusters" if programs <= most else "tiles"
     y = z.new_empty(z.shape[0], *heads[1::2])
     args = triton_step.step_arguments(
         qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, y, seq, conv_layout, l2norm_eps,
         scale, eps,
     )  # fmt: skip
     constants = _constants(
-        cluster(choices["TILE"], heads), state.element_size(), heads, weight.shape[1], state_layout, state.stride()[2:], verify, activation,
+        by == "clusters", size, heads, weight.shape[1], state_layout, state.stride()[2:], drafts, activation,
         allow_neg_eigval, gate, bias is None,
     )  # fmt: skip
     launch(_kernels("gdn_step_gluon").gdn_step_gluon_kernel, programs, args, constants)
@@ -101,20 +131,24 @@ def gdn_step(
 # `plain`: without a bias. Launches with the same constants have tensors in the same places.
 @functools.lru_cache(maxsize=256)
 def _constants(
-    spread: Cluster,
+    clusters: bool,
     element_size: int,
     heads: tuple[int, int, int, int],
     width: int,
     state_layout: str,
     strides: tuple[int, ...],
-    verify: bool,
+    drafts: int,
     activation: str,
     allow_neg_eigval: bool,
     gate: str,
     plain: bool,
 ) -> dict[str, Any]:
-    """What the kernel is compiled for. `strides`: the state's last two."""
-    h, hv, k, v = heads
+    """What the kernel is compiled for. `strides`: the state's last two; `drafts`: of verify, 0 in decode."""
+    (h, hv, k, v), phase = heads, "verify" if drafts else "decode"
+    if clusters:
+        spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
+    else:
+        spread = _one(ONE[phase][element_size], heads)
     return {
         **triton_step.state_strides(state_layout, strides),
         "W": width,
@@ -125,13 +159,12 @@ def _constants(
         "V": v,
         "K_POW2": _next_power_of_2(k),
         "V_POW2": _next_power_of_2(v),
-        "BV": spread.rows,
-        "CTAS": spread.ctas,
+        "TOKENS": max(drafts, 1),
+        "TOKENS_POW2": _next_power_of_2(max(drafts, 1)),
         "VECTOR": 16 // element_size,
-        "VERIFY": verify,
+        "VERIFY": drafts > 0,
         "ACTIVATION": activation,
         "ALLOW_NEG_EIGVAL": allow_neg_eigval,
         "GATE": gate,
-        "num_warps": spread.warps,
-        "num_ctas": spread.ctas,
+        **spread,
     }

@@ -91,8 +91,8 @@ def prefill(heads, rows=PREFILL, segment=0, layout="vk"):
     return rule.run(case, inputs, pool, seq, 0.1), pool
 
 
-def fused(phase, heads, state=F32, clusters=False):
-    case = step.Case("", phase, step.ROWS[phase], heads=heads, slots=22, tail=1, bias=True, clusters=clusters)
+def fused(phase, heads, state=F32, by=""):
+    case = step.Case("", phase, step.ROWS[phase], heads=heads, slots=22, tail=1, bias=True, by=by)
     given = step.make_step(case, BF16, DEVICE, state)
     for x in (*given.operands[:4], *given.storages):
         x.nan_to_num_()
@@ -158,8 +158,10 @@ CASES = {
     "gate": lambda: triton_step.gdn_gate(
         tensor(17, 6), tensor(17, 6), tensor(6, dtype=F32), tensor(6, dtype=F32), allow_neg_eigval=True
     ),
-    "gluon-step-decode": lambda: fused("decode", HEADS, clusters=True),
-    "gluon-step-verify": lambda: fused("verify", (1, 3, 96, 192), BF16, clusters=True),
+    "gluon-step-clusters": lambda: fused("decode", HEADS, by="clusters"),
+    "gluon-step-clusters-verify": lambda: fused("verify", (1, 3, 96, 192), BF16, by="clusters"),
+    "gluon-step-tiles": lambda: fused("decode", (1, 3, 96, 192), by="tiles"),
+    "gluon-step-tiles-verify": lambda: fused("verify", HEADS, by="tiles"),
     "gluon-handover": handover,
     "gluon-single": lambda: wgmma("single", 0),
     "gluon-pair": lambda: wgmma("pair", 0),

@@ -126,7 +126,10 @@ BUILD = {  # how a batch is made, and how many outputs and workspaces a launch m
     "rule-cut": (functools.partial(rule, 1), 6),
     **{f"rule-{phase}": (functools.partial(rule_step, phase), 1) for phase in ("decode", "verify")},
     **{f"step-{phase}": (functools.partial(step, phase), 1) for phase in ("decode", "verify")},
-    "gluon-step": (functools.partial(step, "decode", run=functools.partial(gluon_step.gdn_step, clusters=True)), 1),
+    **{
+        f"gluon-step-{by}": (functools.partial(step, phase, run=functools.partial(gluon_step.gdn_step, by=by)), 1)
+        for by, phase in (("clusters", "decode"), ("tiles", "verify"))
+    },
     "norm": (norm, 1),
     "l2norm": (l2norm, 1),
     "gate": (gate, 2),
@@ -143,7 +146,7 @@ def built(request, monkeypatch):
     if request.param.startswith("gluon"):
         if not HOPPER:
             pytest.skip("needs a GPU with sm_90")
-        if request.param != "gluon-step":
+        if not request.param.startswith("gluon-step"):
             gluon.only(request.param.split("-")[1], monkeypatch)
         monkeypatch.setattr(gluon.gluon_rule, "_shared_heads", lambda *_: 1)  # which also follows from the batch's size
     return BUILD[request.param]

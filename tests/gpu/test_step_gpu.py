@@ -23,8 +23,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 STATES = [torch.float32, torch.bfloat16]
 PHASES = ["decode", "verify"]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-BY = [False, pytest.param(True, marks=pytest.mark.skipif(not HOPPER, reason="clusters are for sm_90"))]
-KERNELS = pytest.mark.parametrize("clusters", BY, ids=["triton", "clusters"])
+ON_HOPPER = pytest.mark.skipif(not HOPPER, reason="needs sm_90")
+BY = ["", *(pytest.param(by, marks=ON_HOPPER) for by in ("clusters", "tiles"))]
+KERNELS = pytest.mark.parametrize("by", BY, ids=["triton", "clusters", "tiles"])
 SHAPES = [
     (16, 32, 128, 128),
     (2, 8, 128, 128),
@@ -53,9 +54,9 @@ def _case(phase, heads, count=12, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @KERNELS
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
-def test_cases(case, clusters, dtype, state_dtype):
-    cases.check_step(dataclasses.replace(case, clusters=clusters), dtype, "cuda", state_dtype)
-    if not clusters:
+def test_cases(case, by, dtype, state_dtype):
+    cases.check_step(dataclasses.replace(case, by=by), dtype, "cuda", state_dtype)
+    if not by:
         cases.check_rule(case, dtype, "cuda", state_dtype)
 
 
@@ -64,44 +65,42 @@ def test_cases(case, clusters, dtype, state_dtype):
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_real_shapes(clusters, phase, heads, state_layout, conv_layout, state_dtype):
-    case = _case(phase, heads, state_layout=state_layout, conv_layout=conv_layout, clusters=clusters)
+def test_real_shapes(by, phase, heads, state_layout, conv_layout, state_dtype):
+    case = _case(phase, heads, state_layout=state_layout, conv_layout=conv_layout, by=by)
     cases.check_step(case, torch.bfloat16, "cuda", state_dtype)
-    if not clusters:
+    if not by:
         cases.check_rule(case, torch.bfloat16, "cuda", state_dtype)
 
 
 @pytest.mark.parametrize("keys", ["correlated", "identical"])
 @pytest.mark.parametrize("gates", [0.0, -20.0, "resets"], ids=str)
 @KERNELS
-def test_hard_keys(clusters, keys, gates):
-    case = cases.Case(
-        "", "verify", cases.LONG, heads=(2, 4, 128, 128), keys=keys, gates=gates, betas=1.0, clusters=clusters
-    )
+def test_hard_keys(by, keys, gates):
+    case = cases.Case("", "verify", cases.LONG, heads=(2, 4, 128, 128), keys=keys, gates=gates, betas=1.0, by=by)
     cases.check_step(case, torch.bfloat16, "cuda")
-    if not clusters:
+    if not by:
         cases.check_rule(case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_neighbours_change_no_bits(clusters, phase, state_dtype):
-    cases.check_step_neighbours(phase, torch.bfloat16, "cuda", state_dtype, heads=(4, 8, 128, 128), clusters=clusters)
+def test_neighbours_change_no_bits(by, phase, state_dtype):
+    cases.check_step_neighbours(phase, torch.bfloat16, "cuda", state_dtype, heads=(4, 8, 128, 128), by=by)
 
 
 @pytest.mark.parametrize("cu_seqlens", base.MALFORMED, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_survives_malformed_cu_seqlens(clusters, cu_seqlens, phase):
-    cases.check_step_malformed(cu_seqlens, phase, torch.bfloat16, "cuda", clusters)
+def test_survives_malformed_cu_seqlens(by, cu_seqlens, phase):
+    cases.check_step_malformed(cu_seqlens, phase, torch.bfloat16, "cuda", by)
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_200_launches_bitwise_equal(clusters, phase, state_dtype):
-    case = _case(phase, (16, 32, 128, 128), count=40, clusters=clusters)
+def test_200_launches_bitwise_equal(by, phase, state_dtype):
+    case = _case(phase, (16, 32, 128, 128), count=40, by=by)
     given = cases.make_step(case, torch.bfloat16, "cuda", state_dtype)
     start = [pool.clone() for pool in given.storages]
 
@@ -118,7 +117,7 @@ METADATA = ("cu_seqlens", "read_slots", "write_slots", "has_state")
 
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_cuda_graph_replays_with_new_contents_and_nothing_waits(clusters, phase):
+def test_cuda_graph_replays_with_new_contents_and_nothing_waits(by, phase):
     """Metadata is refilled between replays: other lengths, slots and flags, and fewer tokens than were captured."""
     batches = {
         "decode": [
@@ -132,7 +131,7 @@ def test_cuda_graph_replays_with_new_contents_and_nothing_waits(clusters, phase)
             ((0, True, 0, (1, 2)), (1, True, -1, (3, 4))),
         ],
     }[phase]
-    case = cases.Case("", phase, batches[0], heads=(4, 8, 128, 128), slots=8, clusters=clusters)
+    case = cases.Case("", phase, batches[0], heads=(4, 8, 128, 128), slots=8, by=by)
     given = cases.make_step(case, torch.bfloat16, "cuda", torch.float32)
     given.conv.normal_()
     given.state.normal_()
@@ -168,7 +167,7 @@ def test_cuda_graph_replays_with_new_contents_and_nothing_waits(clusters, phase)
 
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_states_beyond_2_to_31_elements(clusters, phase, much_memory):
+def test_states_beyond_2_to_31_elements(by, phase, much_memory):
     """The last slot of a pool lies beyond what 32 bits can address."""
     h, hv, k, v = heads = (1, 1, 128, 128)
     stride = 2**30 + 64
@@ -181,7 +180,7 @@ def test_states_beyond_2_to_31_elements(clusters, phase, much_memory):
         ((1, True, 2, (1,) if phase == "verify" else 1), (1, True, 0, (0,) if phase == "verify" else 0)),
         heads=heads,
         slots=3,
-        clusters=clusters,
+        by=by,
     )
     given = cases.make_step(case, torch.bfloat16, "cuda", torch.bfloat16)
     state.copy_(given.state)
