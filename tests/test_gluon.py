@@ -140,15 +140,15 @@ def test_clusters_are_for_few_rows(monkeypatch):
     assert launched == [4, 1, 4, 1, "triton"] + ["triton"] * 5
 
 
-@pytest.mark.parametrize("drafts", [0, 4])
-def test_every_accepted_state_is_covered(drafts):
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_every_accepted_state_is_covered(tokens):
     """Also where heads are no powers of two: the CTAs' tiles have all rows, and are not too many, their elements in registers."""
     for r, k, v in itertools.product(range(1, 9), (1, 16, 65, 96, 128, 200, 256), (1, 16, 65, 96, 128, 192, 256)):
         if triton_step.tiles(1, r, k, v) > 16:
             continue
         for clusters, size in itertools.product((True, False), (2, 4)):
             made = gluon_step._constants(
-                clusters, size, (1, r, k, v), 4, "vk", (k, 1), drafts, "silu", False, "silu", True
+                clusters, size, (1, r, k, v), 4, "vk", (k, 1), "verify", tokens, "silu", False, "silu", True
             )
             heads = made["CTAS"] * made["TILES"] * made["BV"] // made["V_POW2"]
             assert heads >= r
@@ -156,3 +156,5 @@ def test_every_accepted_state_is_covered(drafts):
             assert made["num_ctas"] == made["CTAS"] <= 8
             assert 1 in (made["CTAS"], made["TILES"])
             assert made["AHEAD"] * made["BV"] * made["K_POW2"] <= 32 * 64 * made["num_warps"]
+            shared = 16 * tokens * made["TILES"] * made["BV"] + 8 * made["TOKENS_POW2"] * (made["K_POW2"] + 1)
+            assert shared <= 227 << 10 or tokens * made["TILES"] * made["BV"] > gluon_step.MOST_ROWS

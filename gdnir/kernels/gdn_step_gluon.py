@@ -1,13 +1,13 @@
-"""The kernel of gdn_step.py on Hopper, for batches that are small, and for several tokens a row.
+"""The kernel of gdn_step.py on Hopper, where a key head may have a cluster of CTAs, and a state is read once for several tokens.
 
   qkv [T,C] -> conv update, SiLU -> q, k normalised; v -> delta rule -> gated RMSNorm with z -> y [T,HV,V]
 
-A cluster is one sequence and one key head h, with the states of its R value heads, row by row, V_POW2 rows for each head. They
-are cut into tiles: each CTA takes one of BV rows, or, if the cluster is one CTA, all TILES of them one after the other. What
-tokens are made of is ready, in shared memory, before the first tile is there; a tile then goes through all tokens in registers.
-CTAs convolve q and k each for itself. Two things need the others: the norm, for which each tells all its sums of squares, and the
-in-place conv state of q and k, which is stored when all have read it. Arithmetic in f32, rounded once, in y and in the states.
-Layouts and what is trusted: as in gdn_step.py.
+A cluster is one sequence and one key head h, with the states of its R value heads: their rows one after the other, V_POW2 for each
+head, cut into tiles of BV. Of few clusters each has CTAS CTAs, with a tile each; of many each is one CTA, which goes through all
+TILES tiles. What the tokens are made of lies in shared memory before the first tile is needed; a tile goes through all tokens in
+registers, and no value of it leaves its warp. CTAs convolve q and k each for itself. Two things need the others: the norm, for
+which each tells all its sums of squares, and the in-place conv state of q and k, which is stored when all have read it.
+Arithmetic in f32, rounded once, in y and in the states. Layouts and what is trusted: as in gdn_step.py.
 """
 
 import triton.experimental.gluon.language as gl
@@ -462,13 +462,8 @@ def gdn_step_gluon_kernel(
         for t in gl.static_range(TOKENS):
             outputs.index(t).permute([1, 0]).store(outs[t])
         for t in gl.static_range(TOKENS):
-            o = flat.index(t).load(OF_V)
-            sums = sums + (
-                gl.sum(
-                    gl.reshape(o * o, [PARTS, TILES * ROWS // PARTS]),
-                    axis=1,
-                ),
-            )
+            parts = gl.reshape(flat.index(t).load(OF_V), [PARTS, TILES * ROWS // PARTS])
+            sums = sums + (gl.sum(parts * parts, axis=1),)
         if CTAS > 1:
             sums = _over_groups(sums, CTAS, CTAS // HEADS)
         for t in gl.static_range(TOKENS):

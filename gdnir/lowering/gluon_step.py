@@ -46,12 +46,19 @@ ELEMENTS = 64
 """Of the state in one thread of a CTA that has one tile."""
 MOST_TOKENS = 8
 """Of a row, for which the kernel's code is written out."""
+MOST_ROWS = 8192
+"""Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
+
+
+def _rows(heads: tuple[int, int, int, int]) -> int:
+    """Of a key head's states, each value head's as a power of two."""
+    return _next_power_of_2(heads[1] // heads[0]) * _next_power_of_2(heads[3])
 
 
 def _cluster(tile: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
     """A key head's states, of at most MOST_CTAS value heads, spread over CTAs of about `tile` elements."""
-    h, hv, k, v = heads
-    rows, columns = _next_power_of_2(hv // h) * _next_power_of_2(v), _next_power_of_2(k)
+    _, _, k, v = heads
+    rows, columns = _rows(heads), _next_power_of_2(k)
     each = min(max(1, tile // columns, rows // MOST_CTAS), _next_power_of_2(v))
     warps = max(4, each * columns // (32 * ELEMENTS))
     return {
@@ -67,8 +74,8 @@ def _cluster(tile: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
 
 def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str, Any]:
     """A key head's states in tiles that one CTA goes through."""
-    h, hv, k, v = heads
-    rows, options = _next_power_of_2(hv // h) * _next_power_of_2(v), dict(choices)
+    _, _, k, v = heads
+    rows, options = _rows(heads), dict(choices)
     each = min(max(1, options.pop("TILE") // _next_power_of_2(k)), _next_power_of_2(v))
     tiles = rows // each
     return {**options, "BV": each, "CTAS": 1, "TILES": tiles, "AHEAD": min(options["AHEAD"], tiles), "num_ctas": 1}
@@ -102,18 +109,18 @@ def gdn_step(
     """`triton_step.gdn_step` for a state [S, HV, V, K] and at most MOST_CTAS value heads of a key head.
 
     `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states; None: the
-    faster one, by how many there are. Rows of more than MOST_TOKENS columns are left to Triton's kernel.
+    faster one, by how many there are. More than MOST_TOKENS drafts a sequence are left to Triton's kernel.
     """
-    drafts = seq.write_slots.shape[1] if seq.phase == "verify" else 0
+    tokens = seq.write_slots.shape[1] if seq.phase == "verify" else 1
     size, programs = state.element_size(), seq.num_seqs * heads[0]
-    if drafts > MOST_TOKENS or programs == 0 or heads[1] * heads[3] == 0:
+    if programs == 0 or heads[1] * heads[3] == 0 or not 1 <= tokens <= min(MOST_TOKENS, MOST_ROWS // _rows(heads)):
         return triton_step.gdn_step(
             qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, seq, activation=activation,
             conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
             state_layout=state_layout, eps=eps, gate=gate,
         )  # fmt: skip
     if by is None:
-        most = CLUSTERS["verify" if drafts else "decode"][size]["FILL"] * device_facts(state.device)[0]
+        most = CLUSTERS[seq.phase][size]["FILL"] * device_facts(state.device)[0]
         by = "clusters" if programs <= most else "tiles"
     y = z.new_empty(z.shape[0], *heads[1::2])
     args = triton_step.step_arguments(
@@ -121,8 +128,8 @@ def gdn_step(
         scale, eps,
     )  # fmt: skip
     constants = _constants(
-        by == "clusters", size, heads, weight.shape[1], state_layout, state.stride()[2:], drafts, activation,
-        allow_neg_eigval, gate, bias is None,
+        by == "clusters", size, heads, weight.shape[1], state_layout, state.stride()[2:], seq.phase, tokens,
+        activation, allow_neg_eigval, gate, bias is None,
     )  # fmt: skip
     launch(_kernels("gdn_step_gluon").gdn_step_gluon_kernel, programs, args, constants)
     return y
@@ -137,14 +144,15 @@ def _constants(
     width: int,
     state_layout: str,
     strides: tuple[int, ...],
-    drafts: int,
+    phase: str,
+    tokens: int,
     activation: str,
     allow_neg_eigval: bool,
     gate: str,
     plain: bool,
 ) -> dict[str, Any]:
-    """What the kernel is compiled for. `strides`: the state's last two; `drafts`: of verify, 0 in decode."""
-    (h, hv, k, v), phase = heads, "verify" if drafts else "decode"
+    """What the kernel is compiled for. `strides`: the state's last two."""
+    h, hv, k, v = heads
     if clusters:
         spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
     else:
@@ -159,10 +167,10 @@ def _constants(
         "V": v,
         "K_POW2": _next_power_of_2(k),
         "V_POW2": _next_power_of_2(v),
-        "TOKENS": max(drafts, 1),
-        "TOKENS_POW2": _next_power_of_2(max(drafts, 1)),
+        "TOKENS": tokens,
+        "TOKENS_POW2": _next_power_of_2(tokens),
         "VECTOR": 16 // element_size,
-        "VERIFY": drafts > 0,
+        "VERIFY": phase == "verify",
         "ACTIVATION": activation,
         "ALLOW_NEG_EIGVAL": allow_neg_eigval,
         "GATE": gate,
