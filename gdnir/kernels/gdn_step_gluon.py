@@ -163,14 +163,17 @@ def _load_window(conv_state, slot, c, mask, P, stride_s, stride_c, stride_p, W: 
 
 @gluon.jit
 def _store_windows(
-    conv_state, slots, c, mask, inputs, S, P, stride_s, stride_c, stride_p, W: gl.constexpr, FIRST: gl.constexpr
+    conv_state, slots, channels, masks, inputs, S, P, stride_s, stride_c, stride_p, W: gl.constexpr, FIRST: gl.constexpr
 ):  # fmt: skip
-    """To each slot the W-1 last of `inputs`, which the window before the first token begins: FIRST more of them for every slot."""
-    for t in gl.static_range(len(slots)):
-        stored = (slots[t] >= 0) & (slots[t] < S)
-        oldest = _oldest(conv_state, slots[t], c, P, stride_s, stride_c, stride_p, W)
-        for j in gl.static_range(W - 1):
-            gl.store(oldest + j * stride_p, inputs[FIRST + t + j].to(conv_state.dtype.element_ty), mask=mask & stored)
+    """For q and k, then for v: to each slot the W-1 last of the channels' `inputs`, FIRST more of them for the first slot, one more
+    for each next one."""
+    for i in gl.static_range(2):
+        for t in gl.static_range(len(slots)):
+            stored = (slots[t] >= 0) & (slots[t] < S)
+            oldest = _oldest(conv_state, slots[t], channels[i], P, stride_s, stride_c, stride_p, W)
+            for j in gl.static_range(W - 1):
+                new = inputs[i][FIRST + t + j].to(conv_state.dtype.element_ty)
+                gl.store(oldest + j * stride_p, new, mask=masks[i] & stored)
 
 
 @gluon.jit
@@ -375,6 +378,7 @@ def gdn_step_gluon_kernel(
     head = gl.where(in_v, h * R + i // V_POW2, 0)
     of_y = head * V + inner
     c_v = 2 * H * K + of_y
+    channels, masks = (c_k, c_v), (in_k, in_v)
     row = gl.arange(0, ROWS, OF_ROW)
     column = gl.arange(0, K_POW2, OF_COLUMN)
 
@@ -423,10 +427,7 @@ def gdn_step_gluon_kernel(
         if CTAS == 1:
             _barrier()  # all have read the old windows
             _store_windows(
-                conv_state, slots, c_k, in_k, inputs_k, S, P, stride_cs, stride_cc, stride_cp, W, 1
-            )  # fmt: skip
-            _store_windows(
-                conv_state, slots, c_v, in_v, inputs_v, S, P, stride_cs, stride_cc, stride_cp, W, 1
+                conv_state, slots, channels, masks, (inputs_k, inputs_v), S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
 
         for this in range(USED):
@@ -478,20 +479,14 @@ def gdn_step_gluon_kernel(
             gl.store(at_y, out.to(y.dtype.element_ty), mask=in_v & (start + t < stop))
         if CTAS > 1:  # all have read the old windows
             _store_windows(
-                conv_state, slots, c_k, in_k, inputs_k, S, P, stride_cs, stride_cc, stride_cp, W, 1
-            )  # fmt: skip
-            _store_windows(
-                conv_state, slots, c_v, in_v, inputs_v, S, P, stride_cs, stride_cc, stride_cp, W, 1
+                conv_state, slots, channels, masks, (inputs_k, inputs_v), S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
     elif not VERIFY:
         if valid & (start == stop):  # an empty row keeps its starting states
             write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
             stored = (write >= 0) & (write < S)
             _store_windows(
-                conv_state, (write,), c_k, in_k, window_k, S, P, stride_cs, stride_cc, stride_cp, W, 0
-            )  # fmt: skip
-            _store_windows(
-                conv_state, (write,), c_v, in_v, window_v, S, P, stride_cs, stride_cc, stride_cp, W, 0
+                conv_state, (write,), channels, masks, (window_k, window_v), S, P, stride_cs, stride_cc, stride_cp, W, 0
             )  # fmt: skip
             for j in range(TILES):
                 at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
