@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, chain_ms, chain_note, chosen, is_h200, peer, replay_ms, report
+from gpu import HERE, asked, ceilings, chain_ms, chain_note, chosen, is_h200, peer, replay_ms, report
 from peers import fla_chain, measure, peer_chain_ms
 
 import gdnir
@@ -91,19 +91,19 @@ def main(
     out: Annotated[Path, typer.Option()] = HERE / "results",
     provider: Annotated[str, typer.Option(help="default: what the lowering chooses on this device")] = "default",
 ):
-    name, asked = ("decode", None) if provider == "default" else (f"decode_{provider}", provider)
+    name, provider = asked("decode", provider)
     copy, _ = ceilings()
     rows, notes = [], [chain_note()]
     for dtype in (torch.float32, torch.bfloat16):
         state = str(dtype).removeprefix("torch.")
         for batch in BATCHES:
             vllm = peer("decode", f"(16,32) B={batch} {state}", "vllm conv+gdr+norm")
-            rows.append(row("decode", batch, dtype, QWEN, asked, copy, notes, vllm=vllm))
+            rows.append(row("decode", batch, dtype, QWEN, provider, copy, notes, vllm=vllm))
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 32, 128):
-            rows.append(row("verify L=4", batch, dtype, QWEN, asked, copy, notes, drafts=4))
+            rows.append(row("verify L=4", batch, dtype, QWEN, provider, copy, notes, drafts=4))
     for batch in (1, 32, 128):
-        rows.append(row("decode OLMo", batch, torch.float32, OLMO, asked, copy, notes))
+        rows.append(row("decode OLMo", batch, torch.float32, OLMO, provider, copy, notes))
     report(
         name,
         rows,

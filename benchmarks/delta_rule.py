@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import HERE, ceilings, chosen, is_h200, peer, replay_ms, report
+from gpu import HERE, asked, ceilings, chosen, is_h200, peer, replay_ms, report
 from peers import fla_rule, flashinfer_rule, measure
 
 import gdnir
@@ -97,13 +97,13 @@ def main(
     only: Annotated[str, typer.Option(help="cases whose names have this in them")] = "",
 ):
     copy, rate = ceilings()
-    name, asked = ("delta_rule", None) if provider == "default" else (f"delta_rule_{provider}", provider)
+    name, provider = asked("delta_rule", provider)
     wanted, notes, rows, skipped = peers.split(","), [], [], []
     cases = [(f"({h[0]},{h[1]}) {b}", h, lengths, 128, 128, 1.0) for h in HEADS for b, lengths in BATCHES.items()]
     cases += [(f"OLMo (30,30) {b}", (30, 30), lengths, 96, 192, 2.0) for b, lengths in OLMO.items()]
     for case in (c for c in cases if only in c[0]):
         try:
-            rows.append(row(*case, asked, wanted, (copy, rate), notes))
+            rows.append(row(*case, provider, wanted, (copy, rate), notes))
         except gdnir.GdnirError as refusal:
             skipped.append(f"{case[0]}: left out. {' '.join(str(refusal).split())}")
         torch.cuda.empty_cache()

@@ -108,6 +108,11 @@ def chosen(name, operands, attrs, provider=None) -> Lowering:
     return find(name, choose(op, types, attrs, target).provider)
 
 
+def asked(name, provider):
+    """(the name of a benchmark's results, the provider that `chosen` is told) for what its option says"""
+    return (name, None) if provider == "default" else (f"{name}_{provider}", provider)
+
+
 def environment():
     """What a figure depends on."""
     import triton

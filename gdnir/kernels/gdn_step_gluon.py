@@ -14,26 +14,11 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.runtime.jit import constexpr_function
 
+from .causal_conv1d import _activate, _bounds
 from .delta_rule_gluon_prep import _barrier
 from .gdn_gate import gate
+from .gdn_step import _SLICED, _VARYING, _in_f32
 from .sigmoid import sigmoid, silu
-
-# As in gdn_step.py.
-_VARYING = ["T", "N", "S", "P", "L", "stride_xt", "stride_zt", "stride_at", "stride_bt", "stride_wn", "stride_wl"]
-_SLICED = [
-    "x",
-    "z",
-    "a",
-    "b",
-    "bias",
-    "norm_weight",
-    "y",
-    "cu_seqlens",
-    "read_slots",
-    "write_slots",
-    "has_state",
-    "error",
-]
 
 
 @constexpr_function
@@ -177,14 +162,6 @@ def _store_windows(
 
 
 @gluon.jit
-def _in_f32(values):
-    wide = ()
-    for i in gl.static_range(len(values)):
-        wide = wide + (values[i].to(gl.float32),)
-    return wide
-
-
-@gluon.jit
 def _convolve(
     inputs, filter_, to, TOKENS: gl.constexpr, W: gl.constexpr, W_POW2: gl.constexpr, ACTIVATION: gl.constexpr,
     TAPS: gl.constexpr,
@@ -198,9 +175,7 @@ def _convolve(
         acc = filter_[1]
         for i in gl.static_range(W):
             acc = acc + of_tap[i] * inputs[t + i]
-        if ACTIVATION == "silu":
-            acc = silu(acc)
-        to.index(t).store(acc)
+        to.index(t).store(_activate(acc, ACTIVATION))
 
 
 @gluon.jit
@@ -384,8 +359,7 @@ def gdn_step_gluon_kernel(
 
     # All that is read is asked for before anything waits: what depends on no slot, then the few inputs, then the state.
     read = gl.load(read_slots + n)
-    start = gl.minimum(gl.maximum(gl.load(cu_seqlens + n), 0), T)
-    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + n + 1), start), T)
+    start, end = _bounds(cu_seqlens, n, T)
     stop = gl.minimum(end, start + TOKENS)
     valid = (read >= 0) & (read < S)
     stateful = valid & (gl.load(has_state + n) != 0)

@@ -50,6 +50,7 @@ MOST_ROWS = 8192
 """Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
 
 
+@functools.cache
 def _rows(heads: tuple[int, int, int, int]) -> int:
     """Of a key head's states, each value head's as a power of two."""
     return _next_power_of_2(heads[1] // heads[0]) * _next_power_of_2(heads[3])
@@ -152,27 +153,18 @@ def _constants(
     plain: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for. `strides`: the state's last two."""
-    h, hv, k, v = heads
     if clusters:
         spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
     else:
         spread = _one(ONE[phase][element_size], heads)
     return {
-        **triton_step.state_strides(state_layout, strides),
-        "W": width,
-        "W_POW2": _next_power_of_2(width),
-        "H": h,
-        "R": hv // h,
-        "K": k,
-        "V": v,
-        "K_POW2": _next_power_of_2(k),
-        "V_POW2": _next_power_of_2(v),
+        **triton_step.step_names(
+            heads, width, state_layout, strides, phase == "verify", activation, allow_neg_eigval, gate
+        ),
+        "K_POW2": _next_power_of_2(heads[2]),
+        "V_POW2": _next_power_of_2(heads[3]),
         "TOKENS": tokens,
         "TOKENS_POW2": _next_power_of_2(tokens),
         "VECTOR": 16 // element_size,
-        "VERIFY": phase == "verify",
-        "ACTIVATION": activation,
-        "ALLOW_NEG_EIGVAL": allow_neg_eigval,
-        "GATE": gate,
         **spread,
     }

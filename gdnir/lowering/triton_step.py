@@ -167,13 +167,7 @@ def _step_constants(
         elements = _next_power_of_2(count * block_v * k_pow2)
         options["num_warps"] = max(options["num_warps"], elements // (32 * VERIFY_ELEMENTS))
     return {
-        **state_strides(state_layout, strides),
-        "W": width,
-        "W_POW2": _next_power_of_2(width),
-        "H": h,
-        "R": hv // h,
-        "K": k,
-        "V": v,
+        **step_names(heads, width, state_layout, strides, verify, activation, allow_neg_eigval, gate),
         "K_POW2": k_pow2,
         "R_POW2": _next_power_of_2(hv // h),
         "RV_POW2": _next_power_of_2(hv // h * v),
@@ -181,15 +175,38 @@ def _step_constants(
         "BV": block_v,
         "AHEAD": 0 if verify else min(options.pop("AHEAD"), tiles, KV_AHEAD if state_layout == "kv" else tiles),
         "SHARED": block_v * k_pow2 < 64 * options["num_warps"],
-        "VERIFY": verify,
-        "ACTIVATION": activation,
-        "ALLOW_NEG_EIGVAL": allow_neg_eigval,
-        "GATE": gate,
         **options,
     }
 
 
-def state_strides(layout: str, strides: tuple[int, ...]) -> dict[str, int]:
+def step_names(
+    heads: tuple[int, int, int, int],
+    width: int,
+    state_layout: str,
+    strides: tuple[int, ...],
+    verify: bool,
+    activation: str,
+    allow_neg_eigval: bool,
+    gate: str,
+) -> dict[str, Any]:
+    """What the kernels of `gdn_step` are compiled for, however the state is spread over them."""
+    h, hv, k, v = heads
+    return {
+        **_state_strides(state_layout, strides),
+        "W": width,
+        "W_POW2": _next_power_of_2(width),
+        "H": h,
+        "R": hv // h,
+        "K": k,
+        "V": v,
+        "VERIFY": verify,
+        "ACTIVATION": activation,
+        "ALLOW_NEG_EIGVAL": allow_neg_eigval,
+        "GATE": gate,
+    }
+
+
+def _state_strides(layout: str, strides: tuple[int, ...]) -> dict[str, int]:
     v, k = strides if layout == "vk" else strides[::-1]
     return {"STRIDE_V": v, "STRIDE_K": k}
 
@@ -266,7 +283,7 @@ def _rule_constants(
     h, hv, key_dim, value_dim = heads
     blocks = pick(RULE, kinds)
     return {
-        **state_strides(state_layout, strides),
+        **_state_strides(state_layout, strides),
         "R": hv // h,
         "HV": hv,
         "V": value_dim,

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton_cases as base
 import triton_cases_step as cases
-from triton_cases import ON_GPU
+from triton_cases import HOPPER, ON_GPU
 
 from gdnir.lowering import triton_step
 
@@ -22,7 +22,6 @@ pytestmark = ON_GPU
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 STATES = [torch.float32, torch.bfloat16]
 PHASES = ["decode", "verify"]
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ON_HOPPER = pytest.mark.skipif(not HOPPER, reason="needs sm_90")
 BY = ["", *(pytest.param(by, marks=ON_HOPPER) for by in ("clusters", "tiles"))]
 KERNELS = pytest.mark.parametrize("by", BY, ids=["triton", "clusters", "tiles"])
