@@ -285,6 +285,7 @@ class Cpu:
     exp, exp2, rsqrt, sigmoid, abs = map(staticmethod, (torch.exp, torch.exp2, torch.rsqrt, torch.sigmoid, torch.abs))
     sum, static_range = staticmethod(torch.sum), range
     reshape, expand_dims = staticmethod(torch.reshape), staticmethod(torch.unsqueeze)
+    cast = staticmethod(lambda x, dtype: torch.as_tensor(x, dtype=dtype))
     broadcast, num_warps = staticmethod(torch.broadcast_tensors), staticmethod(lambda: 4)
     max = staticmethod(lambda x, axis: x.amax(axis))
     join, static_assert = staticmethod(lambda a, b: torch.stack([a, b], -1)), staticmethod(lambda *said: None)

@@ -16,8 +16,9 @@ from triton.runtime.jit import constexpr_function
 
 from .causal_conv1d import _activate, _bounds
 from .delta_rule_gluon_prep import _barrier
+from .delta_rule_step import report_slots
 from .gdn_gate import gate
-from .gdn_step import _SLICED, _VARYING, _in_f32
+from .gdn_step import _SLICED, _VARYING, _in_f32, _load_window, _store_window
 from .sigmoid import sigmoid, silu
 
 
@@ -131,34 +132,18 @@ def _load_filter(weight, bias, c, mask, W: gl.constexpr, W_POW2: gl.constexpr, T
 
 
 @gluon.jit
-def _oldest(conv_state, slot, c, P, stride_s, stride_c, stride_p, W: gl.constexpr):
-    """Address of the oldest of the W-1 inputs that count. 64 bits: pools exceed 2^31 elements."""
-    column = (P - (W - 1)).to(gl.int64)
-    return conv_state + slot.to(gl.int64) * stride_s + c.to(gl.int64) * stride_c + column * stride_p
-
-
-@gluon.jit
-def _load_window(conv_state, slot, c, mask, P, stride_s, stride_c, stride_p, W: gl.constexpr):
-    """The W-1 last inputs of channels c, oldest first, as they lie in memory."""
-    oldest, window = _oldest(conv_state, slot, c, P, stride_s, stride_c, stride_p, W), ()
-    for j in gl.static_range(W - 1):
-        window = window + (gl.load(oldest + j * stride_p, mask=mask, other=0.0),)
-    return window
-
-
-@gluon.jit
 def _store_windows(
     conv_state, slots, channels, masks, inputs, S, P, stride_s, stride_c, stride_p, W: gl.constexpr, FIRST: gl.constexpr
 ):  # fmt: skip
-    """For q and k, then for v: to each slot the W-1 last of the channels' `inputs`, FIRST more of them for the first slot, one more
+    """For q and k, then for v: to each slot W-1 of the channels' `inputs`, from number FIRST on for the first slot, from one later
     for each next one."""
     for i in gl.static_range(2):
         for t in gl.static_range(len(slots)):
             stored = (slots[t] >= 0) & (slots[t] < S)
-            oldest = _oldest(conv_state, slots[t], channels[i], P, stride_s, stride_c, stride_p, W)
-            for j in gl.static_range(W - 1):
-                new = inputs[i][FIRST + t + j].to(conv_state.dtype.element_ty)
-                gl.store(oldest + j * stride_p, new, mask=masks[i] & stored)
+            last = inputs[i][FIRST + t :]
+            _store_window(
+                conv_state, slots[t], channels[i], masks[i] & stored, last, P, stride_s, stride_c, stride_p, W
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -467,12 +452,7 @@ def gdn_step_gluon_kernel(
                 kept = gl.load(at + read.to(gl.int64) * stride_s, mask=inside & stateful, other=0.0)
                 gl.store(at + write.to(gl.int64) * stride_s, kept, mask=inside & stored)
 
-    # A slot that does not exist raises the sticky flag, also one that nothing uses.
-    gl.store(error, 1, mask=read >= S)
-    step = gl.where(h == 0, 0, L)
-    while step < L:
-        gl.store(error, 1, mask=gl.load(write_slots + n.to(gl.int64) * stride_wn + step * stride_wl) >= S)
-        step = step + 1
+    report_slots(read, write_slots, error, n, gl.where(h == 0, 0, L), L, S, stride_wn, stride_wl)
     # The tokens of a padding row are 0. So are those past the last sequence and (if cu_seqlens is malformed, or a row has more
     # than TOKENS) those of nobody, which whoever is next to them clears.
     clear = gl.where(n == 0, 0, gl.where(valid, stop, start))

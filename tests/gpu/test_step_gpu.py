@@ -188,6 +188,24 @@ def test_states_beyond_2_to_31_elements(by, phase, much_memory):
     assert torch.equal(base.bits(state[:2].contiguous()), base.bits(given.state[:2]))
 
 
+@pytest.mark.parametrize("phase", PHASES)
+@KERNELS
+def test_columns_of_a_conv_state_far_apart(by, phase, much_memory):
+    """A multiple of the stride from one column to the next is more than 32 bits hold."""
+    stride, channels = 2**30 + 64, 3 * 128
+    much_memory(2 * (2 * stride + 3 * channels))
+    rows = ((1, True, 2, (1,) if phase == "verify" else 1), (1, True, 0, (0,) if phase == "verify" else 0))
+    case = cases.Case("", phase, rows, heads=(1, 1, 128, 128), slots=3, by=by)
+    given = cases.make_step(case, torch.bfloat16, "cuda", torch.float32)
+    storage = torch.empty(2 * stride + 3 * channels, dtype=torch.bfloat16, device="cuda")
+    conv = storage.as_strided((3, channels, 3), (channels, 1, stride))
+    conv.copy_(given.conv)
+    far = dataclasses.replace(given, conv=conv, state=given.state.clone())
+    assert torch.equal(cases.run_step(far), cases.run_step(given))
+    assert torch.equal(base.bits(conv.contiguous()), base.bits(given.conv))
+    assert torch.equal(base.bits(far.state), base.bits(given.state))
+
+
 def test_more_than_65535_rows():
     count = 70_001
     seq = base.make_seq(base.Case("", "decode", base.cont(*[1] * count)), "cuda")
