@@ -42,7 +42,7 @@ def pointer(tensor):
     return Pointer(flat, tensor.storage_offset())
 
 
-def load(p, mask=True, other=None):
+def load(p, mask=True, other=None, eviction_policy=""):
     at, mask = torch.broadcast_tensors(torch.as_tensor(p.at), torch.as_tensor(mask))
     assert bool((~mask | ((at >= 0) & (at < p.memory.numel()))).all()), "a bad address"
     values = p.memory[torch.where(mask, at, 0)]

@@ -161,7 +161,7 @@ WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles")}
         ("decode", "clusters", "olmo", torch.float32, 128),
         ("verify", "clusters", "qwen", torch.float32, 168),
         ("verify", "clusters", "r4", torch.bfloat16, 168),
-        ("decode", "tiles", "qwen", torch.float32, 104),
+        ("decode", "tiles", "qwen", torch.float32, 128),
         ("decode", "tiles", "r3", torch.bfloat16, 128),
         ("verify", "tiles", "qwen", torch.float32, 248),
         ("verify", "tiles", "qwen", torch.bfloat16, 128),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .causal_conv1d import _activate, _bounds, _column
-from .delta_rule_step import delta_update, report_slots, state_tile, tile_mask
+from .delta_rule_step import KEEP_IN_L2, delta_update, report_slots, state_tile, tile_mask
 from .gdn_gate import gate
 
 # Everything that varies from batch to batch. Specialising on it (== 1, divisible by 16) would recompile mid-serving.
@@ -172,7 +172,8 @@ def _load_tile(
     """Rows `row` + v of one head's state, zero if the sequence starts without one."""
     first = state + tl.cast(row, tl.int64) * STRIDE_V
     old = state_tile(first, slot, head, v, k, stride_s, stride_h, STRIDE_V, STRIDE_K)
-    return tl.load(old, mask=tile_mask(stateful, row + v, k, V, K, BV, K_POW2), other=0.0)
+    mask = tile_mask(stateful, row + v, k, V, K, BV, K_POW2)
+    return tl.load(old, mask=mask, other=0.0, eviction_policy=KEEP_IN_L2)
 
 
 @triton.jit
