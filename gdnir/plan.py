@@ -106,7 +106,7 @@ class Plan:
         return str(self.graph)
 
     def dump(self) -> str:
-        """The graph's text, with the platform and what was bound, as comments that `parse` skips."""
+        """The graph's text, with the platform, what was bound and what `batch_invariant` changes, as comments that `parse` skips."""
         lines = [
             f"# platform {self.lowered.platform}, batch_invariant {str(self.batch_invariant).lower()}, hash {self.hash}"
         ]
@@ -114,7 +114,19 @@ class Plan:
             lines.append(
                 f"# bound {value}: {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}{list(tensor.shape)} on {tensor.device}"
             )
-        return "\n".join(lines) + "\n" + str(self.graph)
+        return "\n".join([*lines, *self._for_invariance()]) + "\n" + str(self.graph)
+
+    def _for_invariance(self) -> list[str]:
+        """A line for each lowering that runs something else for `batch_invariant`, or has sequences run one at a time."""
+        lines = {}
+        for node, low in self._lowerings if self.batch_invariant else ():
+            name = f"{node.op}@{low.provider}"
+            if callable(low.batch_invariant):
+                called = getattr(low.run, "__qualname__", repr(low.run))
+                lines[name] = f"# {name} by {low.run.__module__}.{called}, which is batch-invariant"
+            elif not low.batch_invariant:
+                lines[name] = f"# {name} promises no batch invariance: sequences run one at a time"
+        return list(lines.values())
 
     @property
     def hash(self) -> str:

@@ -1,9 +1,12 @@
 """What a plan is beyond its results: one Python function, the same under torch.compile, open to any states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import gdnir
+from gdnir.lowering import LOWERINGS
 
 CONFIG = gdnir.models.config(
     dict(model_type="qwen3_next", hidden_size=32, num_hidden_layers=4, linear_num_key_heads=1, linear_num_value_heads=2,
@@ -48,6 +51,23 @@ def test_source_is_a_line_a_node_and_drops_values_at_their_last_use():
     dropped = {w for line in plan.source.splitlines() if "del " in line for w in line.replace(",", " ").split()[1:]}
     returned = set(plan.source.splitlines()[-1].replace(",", " ").split()[1:])
     assert names - returned == dropped
+
+
+def test_dump_says_what_batch_invariance_changes(monkeypatch):
+    def alone(q, k, v, g, beta, state, seq, *, scale, state_layout):
+        raise NotImplementedError
+
+    def dump(promise, asked=True):
+        monkeypatch.setitem(LOWERINGS["gated_delta_rule"], "native", replace(native, batch_invariant=promise))
+        plan = gdnir.Plan(gdnir.lower(gdnir.parse(RULE), "cpu"), {}, batch_invariant=asked)
+        assert str(gdnir.parse(plan.dump())) == str(plan.graph)
+        return [line for line in plan.dump().splitlines()[1:] if line.startswith("#")]
+
+    native = LOWERINGS["gated_delta_rule"]["native"]
+    by = f"{__name__}.{alone.__qualname__}"
+    assert dump(alone) == [f"# gated_delta_rule@native by {by}, which is batch-invariant"]
+    assert dump(False) == ["# gated_delta_rule@native promises no batch invariance: sequences run one at a time"]
+    assert dump(True) == dump(alone, asked=False) == dump(False, asked=False) == []
 
 
 def test_timed_gives_the_same_and_a_time_for_every_node():
