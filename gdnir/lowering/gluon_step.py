@@ -58,28 +58,18 @@ def _rows(heads: tuple[int, int, int, int]) -> int:
 
 def _cluster(tile: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
     """A key head's states, of at most MOST_CTAS value heads, spread over CTAs of about `tile` elements."""
-    _, _, k, v = heads
-    rows, columns = _rows(heads), _next_power_of_2(k)
-    each = min(max(1, tile // columns, rows // MOST_CTAS), _next_power_of_2(v))
-    warps = max(4, each * columns // (32 * ELEMENTS))
-    return {
-        "BV": each,
-        "CTAS": rows // each,
-        "TILES": 1,
-        "AHEAD": 1,
-        "EARLY": False,
-        "num_warps": warps,
-        "num_ctas": rows // each,
-    }
+    rows = _rows(heads)
+    each = max(triton_step.rows_of_tile(tile, *heads[2:]), rows // MOST_CTAS)
+    warps = max(4, each * _next_power_of_2(heads[2]) // (32 * ELEMENTS))
+    return {"BV": each, "CTAS": rows // each, "TILES": 1, "AHEAD": 1, "EARLY": False, "num_warps": warps}
 
 
 def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str, Any]:
     """A key head's states in tiles that one CTA goes through."""
-    _, _, k, v = heads
-    rows, options = _rows(heads), dict(choices)
-    each = min(max(1, options.pop("TILE") // _next_power_of_2(k)), _next_power_of_2(v))
-    tiles = rows // each
-    return {**options, "BV": each, "CTAS": 1, "TILES": tiles, "AHEAD": min(options["AHEAD"], tiles), "num_ctas": 1}
+    options = dict(choices)
+    each = triton_step.rows_of_tile(options.pop("TILE"), *heads[2:])
+    tiles = _rows(heads) // each
+    return {**options, "BV": each, "CTAS": 1, "TILES": tiles, "AHEAD": min(options["AHEAD"], tiles)}
 
 
 def gdn_step(
@@ -167,4 +157,5 @@ def _constants(
         "TOKENS_POW2": _next_power_of_2(tokens),
         "VECTOR": 16 // element_size,
         **spread,
+        "num_ctas": spread["CTAS"],
     }

@@ -158,7 +158,7 @@ def _step_constants(
     """What `gdn_step` is compiled for. `strides`: the state's last two; `plain`: without a bias."""
     h, hv, k, v = heads
     options = dict(pick((VERIFY if verify else STEP)[element_size], kinds))
-    block_v = _block_v(options.pop("TILE"), k, v)
+    block_v = rows_of_tile(options.pop("TILE"), k, v)
     count = _cdiv(v, block_v)
     tiles = hv // h * count
     columns = _next_power_of_2(count) * (1 if verify else _next_power_of_2(hv // h))
@@ -289,7 +289,7 @@ def _rule_constants(
         "V": value_dim,
         "K": key_dim,
         "K_POW2": _next_power_of_2(key_dim),
-        "BV": _block_v(blocks["TILE"], key_dim, value_dim),
+        "BV": rows_of_tile(blocks["TILE"], key_dim, value_dim),
         "VERIFY": verify,
         "num_warps": blocks["num_warps"],
     }
@@ -340,5 +340,6 @@ def _gate_constants(kinds: tuple[str, ...], heads: int, allow_neg_eigval: bool) 
     return {"HV": heads, "ALLOW_NEG_EIGVAL": allow_neg_eigval, **pick(_TABLES["gate"], kinds)}
 
 
-def _block_v(elements: int, key_dim: int, value_dim: int) -> int:
+def rows_of_tile(elements: int, key_dim: int, value_dim: int) -> int:
+    """Of a state [V, K] in a tile of about `elements`, powers of two."""
     return max(1, min(elements // _next_power_of_2(key_dim), _next_power_of_2(value_dim)))
