@@ -106,6 +106,47 @@ class Shared:
         return self.part(lambda: self.get().view(count, -1, rows, 64).permute(0, 2, 1, 3).reshape(shape), 0, 1, 1)
 
 
+class Ring:
+    """What bulk_ring.py does, for all warps of a program at once: a tile is copied in when it is taken, out when it is known to be."""
+
+    def __init__(self, shape):
+        self.asked, self.filled, self.leaving, self.loading = [None] * shape[0], None, None, None
+
+    def fetch(self, i, source, some, shape):
+        stage = int(i) % len(self.asked)
+        assert self.asked[stage] is None, "asked for a tile in the place of one that has not been taken"
+        assert self.loading != stage, "asked for a tile in the place of one that may still be loaded into registers"
+        self.asked[stage] = source if bool(some) else None
+
+    def arrived(self, i, some, shape):
+        assert not bool(some) or self.asked[int(i) % len(self.asked)] is not None, (
+            "waits for a tile that nobody asked for"
+        )
+
+    def take(self, i, place, dtype, vector, shape):
+        stage = int(i) % len(self.asked)
+        source, self.asked[stage], self.loading = self.asked[stage], None, stage
+        element = torch.arange(place.numel()).view(place.shape)
+        assert bool((place == element // vector * 16).all()) and place.numel() * 16 == shape[1] * shape[2] * vector
+        return self.filled if source is None else load(source + element)
+
+    def fill(self, place, tile, vector, shape):
+        assert not any(self.asked), "fills the place of a tile that is on its way"
+        self.filled = tile
+
+    def put(self, place, tile, vector, shape):
+        assert self.leaving is None, "a tile in the place of one that has not been sent"
+        self.tile, self.loading = tile, None  # which needed all that was taken
+
+    def send(self, to, some, shape):
+        self.leaving = to if bool(some) else None
+
+    def sent(self):
+        if self.leaving is not None:
+            store(self.leaving + torch.arange(self.tile.numel()).view(self.tile.shape), self.tile)
+        self.leaving = None
+
+
 class Deadlock(AssertionError):
     pass
 
@@ -363,7 +404,13 @@ class Launched:
         return lambda *args, **kwargs: [self.run(pid, args, kwargs) for pid in range(grid[0])]
 
     def run(self, pid, args, kwargs):
-        module = self.kernels
+        module, ring = self.kernels, None
+
+        def open_ring(shape):
+            nonlocal ring
+            ring = Ring(shape)
+            return ring
+
         names = {
             **vars(module),
             "gl": Cpu(pid, self.seed),
@@ -392,6 +439,10 @@ class Launched:
             "_arrive": lambda: None,
             "_wait": lambda: None,
             "_over_groups": lambda sums, ctas, group: [x.view(-1, group).sum(1).repeat_interleave(group) for x in sums],
+            "open_ring": open_ring,
+            "places": lambda row, column, k, vector: (row[:, None] * k + column // vector * vector) * (16 // vector),
+            **{name: getattr(Ring, name) for name in ("fetch", "arrived", "take", "fill", "put", "send")},
+            "sent": lambda: ring.sent(),
             **self.instead,
         }
         arguments = [self.argument(x) for x in args]
@@ -399,6 +450,7 @@ class Launched:
         start(Clock("the program"), self.seed, [])
         names[self.name](*arguments, **options)
         assert not local.stores, "work left in flight"
+        assert ring is None or not (any(ring.asked) or ring.leaving), "a copy left in flight"
 
     def argument(self, x):
         if x is None:

@@ -109,7 +109,7 @@ def test_accepts_steps(change, sentence):
 
 
 def test_clusters_are_for_few_rows(monkeypatch):
-    """By the table, of 132 multiprocessors: 8 rows of 16 key heads in decode, 3 in verify. Triton's kernel is for batch-invariant
+    """By the table, of 132 multiprocessors: 6 rows of 16 key heads in decode, 3 in verify. Triton's kernel is for batch-invariant
     plans, and for rows of more columns than the kernel's code is written out for."""
     launched = []
     monkeypatch.setattr(gluon_step, "launch", lambda kernel, programs, args, made: launched.append(made["num_ctas"]))
@@ -119,7 +119,7 @@ def test_clusters_are_for_few_rows(monkeypatch):
     monkeypatch.setattr(triton_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_kernel=None))
     for invariant in (False, True):
         for phase, rows, columns in (
-            ("decode", 8, 1), ("decode", 9, 1), ("verify", 3, 2), ("verify", 4, 2), ("verify", 3, 9),
+            ("decode", 6, 1), ("decode", 7, 1), ("verify", 3, 2), ("verify", 4, 2), ("verify", 3, 9),
         ):  # fmt: skip
             slots = list(range(rows))
             seq = (
@@ -140,15 +140,46 @@ def test_clusters_are_for_few_rows(monkeypatch):
     assert launched == [4, 1, 4, 1, "triton"] + ["triton"] * 5
 
 
+STATE = torch.empty(3, 4, 128, 128)
+APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("state", "change", "takes"),
+    [
+        (STATE, {}, True),
+        (STATE.bfloat16(), {}, True),
+        (STATE[1:], {}, True),
+        (APART[:, 1:], {}, True),  # an engine's pages
+        (STATE, {"phase": "verify"}, False),
+        (STATE, {"layout": "kv"}, False),
+        (STATE.transpose(2, 3), {}, False),
+        (torch.empty(3, 4, 128, 132)[..., :128], {}, False),  # rows with gaps
+        (torch.empty(3 * 4 * 128 * 128 + 1)[1:].view(3, 4, 128, 128), {}, False),  # 4 bytes past a multiple of 16
+        (torch.empty(3 * (4 * 128 * 128 + 1)).view(3, -1)[:, :-1].unflatten(1, (4, 128, 128)), {}, False),
+        (torch.empty(3, 4, 192, 128), {}, True),
+        (torch.empty(3, 4, 128, 64), {}, True),
+        (torch.empty(3, 4, 192, 96), {}, False),  # K is no power of two
+        (torch.empty(3, 4, 120, 128), {}, False),  # nor do tiles end with the head
+        (torch.empty(3, 4, 128, 16), {}, False),  # a row is less than 128 bytes
+        (torch.empty(3, 16, 128, 128), {}, False),  # 8 heads: no room for a ring
+    ],
+)
+def test_what_bulk_copies_take(state, change, takes):
+    hv, v, k = state.shape[1:]
+    seq = types.SimpleNamespace(phase=change.get("phase", "decode"))
+    assert gluon_step.takes_bulk(seq, (2, hv, k, v), state, change.get("layout", "vk")) is takes
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_every_accepted_state_is_covered(tokens):
     """Also where heads are no powers of two: the CTAs' tiles have all rows, and are not too many, their elements in registers."""
     for r, k, v in itertools.product(range(1, 9), (1, 16, 65, 96, 128, 200, 256), (1, 16, 65, 96, 128, 192, 256)):
         if triton_step.tiles(1, r, k, v) > 16:
             continue
-        for clusters, size in itertools.product((True, False), (2, 4)):
+        for by, size in itertools.product(("clusters", "tiles"), (2, 4)):
             made = gluon_step._constants(
-                clusters, size, (1, r, k, v), 4, "vk", (k, 1), "verify", tokens, "silu", False, "silu", True
+                by, size, (1, r, k, v), 4, "vk", (k, 1), "verify", tokens, "silu", False, "silu", True
             )
             heads = made["CTAS"] * made["TILES"] * made["BV"] // made["V_POW2"]
             assert heads >= r

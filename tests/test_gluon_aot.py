@@ -161,8 +161,10 @@ WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles")}
         ("decode", "clusters", "olmo", torch.float32, 128),
         ("verify", "clusters", "qwen", torch.float32, 168),
         ("verify", "clusters", "r4", torch.bfloat16, 168),
-        ("decode", "tiles", "qwen", torch.float32, 128),
-        ("decode", "tiles", "r3", torch.bfloat16, 128),
+        ("decode", "tiles", "qwen", torch.float32, 96),
+        ("decode", "tiles", "qwen", torch.bfloat16, 104),
+        ("decode", "tiles", "r3", torch.bfloat16, 104),
+        ("decode", "tiles", "olmo", torch.bfloat16, 128),
         ("verify", "tiles", "qwen", torch.float32, 248),
         ("verify", "tiles", "qwen", torch.bfloat16, 128),
         ("verify", "tiles", "olmo", torch.float32, 248),
@@ -178,6 +180,20 @@ def test_a_step_compiles_within_limits(compiled, tmp_path, phase, by, heads, sta
     assert stack == 0
     assert kernel.metadata.num_ctas == ({"qwen": 4, "r3": 8, "r4": 8, "olmo": 4}[heads] if by == "clusters" else 1)
     assert kernel.metadata.shared <= TARGETS["sm_90"][1] * 1024
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", ["qwen", "r3", "r4"])
+def test_bulk_copies(compiled, heads, state):
+    """Static and dynamic shared memory together have 48 KB; a place is asked for again after what was taken from it was put."""
+    launch_step("decode", torch.bfloat16, state, heads=heads, step=WAYS["tiles"])
+    (kernel,) = compiled
+    (ring,) = re.findall(r"\.shared \.align 128 \.b8 ring\[(\d+)\]", kernel.asm["ptx"])
+    assert kernel.metadata.shared + int(ring) <= 48 << 10
+    names = [re.search(r"UBLKCP\.[SG]\.[SG]|PHASECHK|STS\.128|BRA\b", line) for line in kernel.asm["sass"].splitlines()]
+    loop = [m[0] for m in names if m]
+    loop = loop[loop.index("PHASECHK") :]
+    assert loop.index("STS.128") < loop.index("UBLKCP.S.G") < loop.index("UBLKCP.G.S")
 
 
 @pytest.mark.parametrize("by", WAYS)

@@ -288,9 +288,9 @@ def check_step_neighbours(phase, dtype, device, state_dtype=torch.float32, heads
             assert torch.equal(bits(mine), bits(theirs))
 
 
-def check_step_malformed(cu_seqlens, phase, dtype, device, by=""):
+def check_step_malformed(cu_seqlens, phase, dtype, device, by="", heads=(1, 2, 8, 8)):
     """cu_seqlens that lie: every token of y is written, and nothing outside the named slots."""
-    tokens, size, (h, hv, k, v) = 20, 8, (1, 2, 8, 8)
+    tokens, size, (h, hv, k, v) = 20, 8, heads
     c = 2 * h * k + hv * v
     seq = malformed_seq(cu_seqlens, phase, tokens, device)
     conv = torch.full((size + 2, c, 3), 7.0, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.runtime.jit import constexpr_function
 
+from .bulk_ring import arrived, fetch, fill, open_ring, places, put, ring_shape, send, sent, take
 from .causal_conv1d import _activate, _bounds
 from .delta_rule_gluon_prep import _barrier
 from .delta_rule_step import KEEP_IN_L2, report_slots
@@ -29,9 +30,9 @@ def _split(ctas, *step):
 
 
 @constexpr_function
-def _state_layout(vector, warps, ctas):
-    """8 lanes read 128 bytes of a row: a sum over K takes 3 shuffles."""
-    return gl.BlockedLayout([1, vector], [4, 8], [warps, 1], [1, 0], _split(ctas, 1, 0))
+def _state_layout(rows, vector, warps, ctas):
+    """8 lanes read 128 bytes of a row: a sum over K takes 3 shuffles. `rows` neighbours in a thread."""
+    return gl.BlockedLayout([rows, vector], [4, 8], [warps, 1], [1, 0], _split(ctas, 1, 0))
 
 
 @constexpr_function
@@ -42,9 +43,9 @@ def _taps_layout(channels, width, warps, ctas, step):
 
 
 @constexpr_function
-def _columns_layout(warps, ctas):
+def _columns_layout(rows, warps, ctas):
     """A row in the lanes that have it in a tile: they share what there is of each tile."""
-    return gl.BlockedLayout([1, 1], [4, 8], [warps, 1], [1, 0], _split(ctas, 1, 0))
+    return gl.BlockedLayout([rows, 1], [4, 8], [warps, 1], [1, 0], _split(ctas, 1, 0))
 
 
 @constexpr_function
@@ -139,7 +140,7 @@ def _store_windows(
     for each next one."""
     for i in gl.static_range(2):
         for t in gl.static_range(len(slots)):
-            stored = (slots[t] >= 0) & (slots[t] < S)
+            stored = _exists(slots[t], S)
             last = inputs[i][FIRST + t :]
             _store_window(
                 conv_state, slots[t], channels[i], masks[i] & stored, last, P, stride_s, stride_c, stride_p, W
@@ -161,6 +162,11 @@ def _convolve(
         for i in gl.static_range(W):
             acc = acc + of_tap[i] * inputs[t + i]
         to.index(t).store(_activate(acc, ACTIVATION))
+
+
+@gluon.jit
+def _exists(slot, S):
+    return (slot >= 0) & (slot < S)
 
 
 @gluon.jit
@@ -217,6 +223,13 @@ def _nth(m, BLOCKS: gl.constexpr, APART: gl.constexpr):
     else:
         j = m // BLOCKS * APART + m % BLOCKS
     return j
+
+
+@gluon.jit
+def _first_of_tile(state, j, stride_h, BV: gl.constexpr, K: gl.constexpr, V_POW2: gl.constexpr):
+    """Address of the cluster's jth tile in slot 0, from its first head on, whose rows have no gaps."""
+    row = j * BV
+    return state + stride_h.to(gl.int64) * (row // V_POW2) + row % V_POW2 * K
 
 
 @gluon.jit
@@ -282,6 +295,7 @@ def gdn_step_gluon_kernel(
     CTAS: gl.constexpr,
     TILES: gl.constexpr,
     AHEAD: gl.constexpr,
+    BULK: gl.constexpr,
     EARLY: gl.constexpr,
     TOKENS: gl.constexpr,
     TOKENS_POW2: gl.constexpr,
@@ -292,7 +306,8 @@ def gdn_step_gluon_kernel(
     GATE: gl.constexpr,
 ):
     """CTAS of a cluster, tiles of a CTA, of which AHEAD are in flight: one of CTAS and TILES is 1. EARLY: q and k are normalised
-    once, not for each tile (CTAS is 1). VECTOR: elements in 16 bytes.
+    once, not for each tile (CTAS is 1). BULK: tiles go through shared memory as in bulk_ring.py, where there is one token and rows
+    have no gaps. VECTOR: elements in 16 bytes.
 
     TOKENS: most of a sequence, 1 in decode. VERIFY stores the states after each of them, decode that after the one, or the old
     one of an empty row.
@@ -304,15 +319,19 @@ def gdn_step_gluon_kernel(
     APART: gl.constexpr = max(1, TILES // HEADS)  # tiles from one head to the next, of which those below V count
     BLOCKS: gl.constexpr = min(APART, (V + BV - 1) // BV)
     USED: gl.constexpr = 1 if CTAS > 1 else R * BLOCKS
-    TILE: gl.constexpr = _state_layout(VECTOR, WARPS, CTAS)
+    ROWS_OF_THREAD: gl.constexpr = BV // (4 * WARPS) if BULK else 1  # a warp's have no gaps
+    TILE: gl.constexpr = _state_layout(ROWS_OF_THREAD, VECTOR, WARPS, CTAS)
     TAPS_V: gl.constexpr = _taps_layout(TILES * BV, W_POW2, WARPS, CTAS, 1)
     TAPS_K: gl.constexpr = _taps_layout(2 * K_POW2, W_POW2, WARPS, CTAS, 0)
-    COLUMNS: gl.constexpr = _columns_layout(WARPS, CTAS)
+    COLUMNS: gl.constexpr = _columns_layout(ROWS_OF_THREAD, WARPS, CTAS)
     OF_V: gl.constexpr = gl.SliceLayout(1, TAPS_V)
     OF_ROW: gl.constexpr = gl.SliceLayout(1, TILE)
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
+    RING: gl.constexpr = ring_shape(AHEAD, WARPS, BV * K * 16 // VECTOR)
     if CTAS > 1:
         _arrive()  # nobody may write into the memory of one that has not begun
+    if BULK:
+        ring = open_ring(RING)
     qk = gl.allocate_shared_memory(gl.float32, [TOKENS_POW2, 2 * K_POW2], _vector_layout(CTAS, 0))
     vs = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
     decays = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
@@ -344,9 +363,11 @@ def gdn_step_gluon_kernel(
 
     # All that is read is asked for before anything waits: what depends on no slot, then the few inputs, then the state.
     read = gl.load(read_slots + n)
+    if BULK:
+        named = gl.load(write_slots + n.to(gl.int64) * stride_wn)
     start, end = _bounds(cu_seqlens, n, T)
     stop = gl.minimum(end, start + TOKENS)
-    valid = (read >= 0) & (read < S)
+    valid = _exists(read, S)
     stateful = valid & (gl.load(has_state + n) != 0)
     filter_k = _load_filter(weight, bias, c_k, in_k, W, W_POW2, TAPS_K)
     filter_v = _load_filter(weight, bias, c_v, in_v, W, W_POW2, TAPS_V)
@@ -361,11 +382,14 @@ def gdn_step_gluon_kernel(
     first = state + (h * R).to(gl.int64) * stride_h
     source = first + read.to(gl.int64) * stride_s
     tiles = ()
+    asked = stateful & (start < stop)  # what is asked for must be taken
     for m in gl.static_range(AHEAD):
-        at, inside = _of_tile(
-            source, _nth(m, BLOCKS, APART), stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2
-        )
-        tiles = tiles + (gl.load(at, mask=inside & stateful, other=0.0, eviction_policy=KEEP_IN_L2),)
+        j = _nth(m, BLOCKS, APART)
+        if BULK:
+            fetch(ring, m, _first_of_tile(source, j, stride_h, BV, K, V_POW2), asked & (m < USED), RING)
+        else:
+            at, inside = _of_tile(source, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
+            tiles = tiles + (gl.load(at, mask=inside & stateful, other=0.0, eviction_policy=KEEP_IN_L2),)
     if CTAS > 1:
         _wait()
 
@@ -389,13 +413,24 @@ def gdn_step_gluon_kernel(
                 conv_state, slots, channels, masks, (inputs_k, inputs_v), S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
 
+        if BULK:  # q and k stay in registers
+            q, k = q_and_k.index(0).load(OF_COLUMN), q_and_k.index(1).load(OF_COLUMN)
+            place = places(row, column, K, VECTOR)
+            if stateful == 0:
+                fill(ring, place, gl.zeros([ROWS, K_POW2], state.dtype.element_ty, TILE), VECTOR, RING)
         for this in range(USED):
             j = _nth(this, BLOCKS, APART)
-            tile, after = tiles[0].to(gl.float32), ()
+            if BULK:
+                arrived(ring, this, stateful, RING)
+                tile = take(ring, this, place, state.dtype.element_ty, VECTOR, RING)
+            else:
+                tile = tiles[0]
+            tile, after = tile.to(gl.float32), ()
             at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
             mine = gl.arange(0, TILES, gl.SliceLayout(0, COLUMNS))[None, :] == j
             for t in gl.static_range(TOKENS):
-                q, k = q_and_k.index(2 * t).load(OF_COLUMN), q_and_k.index(2 * t + 1).load(OF_COLUMN)
+                if not BULK:
+                    q, k = q_and_k.index(2 * t).load(OF_COLUMN), q_and_k.index(2 * t + 1).load(OF_COLUMN)
                 v = v_of_tile.index(t * TILES + j).load(OF_ROW)
                 decay = decay_of_tile.index(t * TILES + j).load(OF_ROW)
                 beta = beta_of_tile.index(t * TILES + j).load(OF_ROW)
@@ -406,18 +441,30 @@ def gdn_step_gluon_kernel(
                 o, tile = _update(tile, q, k, by_q, by_k, dot, v, decay, beta)
                 o = gl.convert_layout(o, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
                 after = after + (gl.where(mine, o[:, None], outs[t]),)
-                stored = (slots[t] >= 0) & (slots[t] < S)
-                gl.store(at + slots[t].to(gl.int64) * stride_s, tile.to(state.dtype.element_ty), mask=inside & stored)
+                stored, slot = _exists(slots[t], S), slots[t].to(gl.int64) * stride_s
+                if BULK:
+                    sent()
+                    put(ring, place, tile.to(state.dtype.element_ty), VECTOR, RING)
+                    # Only now, since a copy does not wait for loads: what was put needed all that was taken.
+                    later = this + AHEAD
+                    next_source = _first_of_tile(source, _nth(later, BLOCKS, APART), stride_h, BV, K, V_POW2)
+                    fetch(ring, later, next_source, stateful & (later < USED), RING)
+                    send(ring, _first_of_tile(first, j, stride_h, BV, K, V_POW2) + slot, stored, RING)
+                else:
+                    gl.store(at + slot, tile.to(state.dtype.element_ty), mask=inside & stored)
             outs = after
-            if AHEAD < USED:
-                later = this + AHEAD
-                at, inside = _of_tile(
-                    source, _nth(later, BLOCKS, APART), stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2
-                )
-                mask = inside & stateful & (later < USED)
-                tiles = tiles[1:] + (gl.load(at, mask=mask, other=0.0, eviction_policy=KEEP_IN_L2),)
-            else:
-                tiles = tiles[1:] + (tiles[0],)
+            if not BULK:
+                if AHEAD < USED:
+                    later = this + AHEAD
+                    at, inside = _of_tile(
+                        source, _nth(later, BLOCKS, APART), stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2
+                    )
+                    mask = inside & stateful & (later < USED)
+                    tiles = tiles[1:] + (gl.load(at, mask=mask, other=0.0, eviction_policy=KEEP_IN_L2),)
+                else:
+                    tiles = tiles[1:] + (tiles[0],)
+        if BULK:
+            sent()
 
         sums = ()
         for t in gl.static_range(TOKENS):
@@ -444,7 +491,7 @@ def gdn_step_gluon_kernel(
     elif not VERIFY:
         if valid & (start == stop):  # an empty row keeps its starting states
             write = gl.load(write_slots + n.to(gl.int64) * stride_wn)
-            stored = (write >= 0) & (write < S)
+            stored = _exists(write, S)
             _store_windows(
                 conv_state, (write,), channels, masks, (window_k, window_v), S, P, stride_cs, stride_cc, stride_cp, W, 0
             )  # fmt: skip
@@ -453,7 +500,10 @@ def gdn_step_gluon_kernel(
                 kept = gl.load(at + read.to(gl.int64) * stride_s, mask=inside & stateful, other=0.0)
                 gl.store(at + write.to(gl.int64) * stride_s, kept, mask=inside & stored)
 
-    report_slots(read, write_slots, error, n, gl.where(h == 0, 0, L), L, S, stride_wn, stride_wl)
+    if BULK:  # as report_slots, without a load to wait for at the end
+        gl.store(error, 1, mask=gl.maximum(read, named) >= S)
+    else:
+        report_slots(read, write_slots, error, n, gl.where(h == 0, 0, L), L, S, stride_wn, stride_wl)
     # The tokens of a padding row are 0. So are those past the last sequence and (if cu_seqlens is malformed, or a row has more
     # than TOKENS) those of nobody, which whoever is next to them clears.
     clear = gl.where(n == 0, 0, gl.where(valid, stop, start))

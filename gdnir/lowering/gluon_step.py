@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 # TILE: elements of the state in a tile. FILL: sequences and key heads for each multiprocessor up to which a cluster for each is
 # faster than one program. AHEAD: tiles of a program in flight. EARLY: q and k are normalised before the first tile, not for each.
+# BULK: a program's tiles go through shared memory by bulk copies, each warp's part by itself.
 _TILES, _WARPS = (1024, 2048, 4096, 8192, 16384), (2, 4, 8)
-_CLUSTERS = {"TILE": _TILES, "FILL": (0.4, 0.5, 1.0, 1.5, 2.0)}
+_FILL = (0.4, 0.5, 0.8, 1.0, 1.5, 2.0)
+_CLUSTERS = {"TILE": _TILES, "FILL": _FILL}
 _ONE = {
     "TILE": _TILES,
     "AHEAD": (1, 2, 3, 4),
@@ -28,9 +30,17 @@ _ONE = {
     "num_warps": _WARPS,
     "maxnreg": range(64, 256, 8),
 }
+_BULK = {
+    "TILE": (1024, 2048, 4096),
+    "FILL": _FILL,
+    "AHEAD": (2, 3, 4),
+    "num_warps": (2, 4, 8),
+    "maxnreg": range(64, 256, 8),
+}
 _TABLES = tables.load(
     "gluon_step",
     {  # by bits of an element of the state
+        **{f"decode_bulk_{bits}": _BULK for bits in (32, 16)},
         **{f"{name}_clusters_{bits}": _CLUSTERS for name in ("decode", "verify") for bits in (32, 16)},
         **{f"{name}_{bits}": _ONE for name in ("decode", "verify") for bits in (32, 16)},
     },
@@ -40,6 +50,7 @@ CLUSTERS, ONE = (
     {phase: {size: _TABLES[f"{phase}{how}_{8 * size}"]["default"] for size in (4, 2)} for phase in ("decode", "verify")}
     for how in ("_clusters", "")
 )
+BULK = {size: _TABLES[f"decode_bulk_{8 * size}"]["default"] for size in (4, 2)}
 MOST_CTAS = 8
 """Of a cluster that every device can run. Each has rows of one value head."""
 ELEMENTS = 64
@@ -48,6 +59,8 @@ MOST_TOKENS = 8
 """Of a row, for which the kernel's code is written out."""
 MOST_ROWS = 8192
 """Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
+STATIC_SHARED = 48 << 10
+"""Bytes of shared memory that a program may have in all, if some of it is the ring's."""
 
 
 @functools.cache
@@ -61,7 +74,7 @@ def _cluster(tile: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
     rows = _rows(heads)
     each = max(triton_step.rows_of_tile(tile, *heads[2:]), rows // MOST_CTAS)
     warps = max(4, each * _next_power_of_2(heads[2]) // (32 * ELEMENTS))
-    return {"BV": each, "CTAS": rows // each, "TILES": 1, "AHEAD": 1, "EARLY": False, "num_warps": warps}
+    return {"BV": each, "CTAS": rows // each, "TILES": 1, "AHEAD": 1, "BULK": False, "EARLY": False, "num_warps": warps}
 
 
 def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -69,7 +82,34 @@ def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str,
     options = dict(choices)
     each = triton_step.rows_of_tile(options.pop("TILE"), *heads[2:])
     tiles = _rows(heads) // each
-    return {**options, "BV": each, "CTAS": 1, "TILES": tiles, "AHEAD": min(options["AHEAD"], tiles)}
+    return {**options, "BV": each, "CTAS": 1, "TILES": tiles, "AHEAD": min(options["AHEAD"], tiles), "BULK": False}
+
+
+@functools.cache
+def _bulk(size: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
+    """A key head's states in tiles that come and go by bulk copies; empty for shapes that cannot. A tile is whole rows of one
+    head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
+    options = {name: value for name, value in BULK[size].items() if name not in ("TILE", "FILL")}
+    k, v = heads[2:]
+    each, rows = BULK[size]["TILE"] // k if k else 0, _rows(heads)
+    bytes_of_tile, barriers = each * k * size, 8 * options["AHEAD"] * options["num_warps"]
+    shared = (options["AHEAD"] + 1) * bytes_of_tile + barriers + 16 * rows + 8 * k + 1024
+    whole = each and v % each == 0 and each % (4 * options["num_warps"]) == 0
+    if not whole or k != _next_power_of_2(k) or k * size < 128 or shared > STATIC_SHARED:
+        return {}
+    return {**options, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}
+
+
+def takes_bulk(seq: Seq, heads: tuple[int, int, int, int], state: Tensor, state_layout: str) -> bool:
+    """Whether tiles come and go by bulk copies, not by loads and stores: rows without gaps, heads and slots at multiples of 16 bytes."""
+    size, (slot, head, *rows) = state.element_size(), state.stride()
+    return (
+        seq.phase == "decode"
+        and _bulk(size, heads) != {}
+        and state_layout == "vk"
+        and rows == [heads[2], 1]
+        and (state.data_ptr() | slot * size | head * size) % 16 == 0
+    )
 
 
 def gdn_step(
@@ -99,8 +139,8 @@ def gdn_step(
 ) -> Tensor:
     """`triton_step.gdn_step` for a state [S, HV, V, K] and at most MOST_CTAS value heads of a key head.
 
-    `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states; None: the
-    faster one, by how many there are. More than MOST_TOKENS drafts a sequence are left to Triton's kernel.
+    `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states (`takes_bulk`
+    says how); None: the faster one, by how many there are. More than MOST_TOKENS drafts a sequence are left to Triton's kernel.
     """
     tokens = seq.write_slots.shape[1] if seq.phase == "verify" else 1
     size, programs = state.element_size(), seq.num_seqs * heads[0]
@@ -110,16 +150,17 @@ def gdn_step(
             conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
             state_layout=state_layout, eps=eps, gate=gate,
         )  # fmt: skip
+    tiles = "bulk" if takes_bulk(seq, heads, state, state_layout) else "tiles"
     if by is None:
-        most = CLUSTERS[seq.phase][size]["FILL"] * device_facts(state.device)[0]
-        by = "clusters" if programs <= most else "tiles"
+        fill = (BULK if tiles == "bulk" else CLUSTERS[seq.phase])[size]["FILL"]
+        by = "clusters" if programs <= fill * device_facts(state.device)[0] else "tiles"
     y = z.new_empty(z.shape[0], *heads[1::2])
     args = triton_step.step_arguments(
         qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, y, seq, conv_layout, l2norm_eps,
         scale, eps,
     )  # fmt: skip
     constants = _constants(
-        by == "clusters", size, heads, weight.shape[1], state_layout, state.stride()[2:], seq.phase, tokens,
+        tiles if by == "tiles" else by, size, heads, weight.shape[1], state_layout, state.stride()[2:], seq.phase, tokens,
         activation, allow_neg_eigval, gate, bias is None,
     )  # fmt: skip
     launch(_kernels("gdn_step_gluon").gdn_step_gluon_kernel, programs, args, constants)
@@ -129,7 +170,7 @@ def gdn_step(
 # `plain`: without a bias. Launches with the same constants have tensors in the same places.
 @functools.lru_cache(maxsize=256)
 def _constants(
-    clusters: bool,
+    by: str,
     element_size: int,
     heads: tuple[int, int, int, int],
     width: int,
@@ -143,10 +184,10 @@ def _constants(
     plain: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for. `strides`: the state's last two."""
-    if clusters:
+    if by == "clusters":
         spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
     else:
-        spread = _one(ONE[phase][element_size], heads)
+        spread = _bulk(element_size, heads) if by == "bulk" else _one(ONE[phase][element_size], heads)
     return {
         **triton_step.step_names(
             heads, width, state_layout, strides, phase == "verify", activation, allow_neg_eigval, gate

@@ -161,6 +161,8 @@ CASES = {
     "gluon-step-clusters": lambda: fused("decode", HEADS, by="clusters"),
     "gluon-step-clusters-verify": lambda: fused("verify", (1, 3, 96, 192), BF16, by="clusters"),
     "gluon-step-tiles": lambda: fused("decode", (1, 3, 96, 192), by="tiles"),
+    "gluon-step-tiles-bulk": lambda: fused("decode", HEADS, by="tiles"),
+    "gluon-step-tiles-bulk-16": lambda: fused("decode", HEADS, BF16, by="tiles"),
     "gluon-step-tiles-verify": lambda: fused("verify", HEADS, by="tiles"),
     "gluon-handover": handover,
     "gluon-single": lambda: wgmma("single", 0),

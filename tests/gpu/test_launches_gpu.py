@@ -127,8 +127,8 @@ BUILD = {  # how a batch is made, and how many outputs and workspaces a launch m
     **{f"rule-{phase}": (functools.partial(rule_step, phase), 1) for phase in ("decode", "verify")},
     **{f"step-{phase}": (functools.partial(step, phase), 1) for phase in ("decode", "verify")},
     **{
-        f"gluon-step-{by}": (functools.partial(step, phase, run=functools.partial(gluon_step.gdn_step, by=by)), 1)
-        for by, phase in (("clusters", "decode"), ("tiles", "verify"))
+        f"gluon-step-{by}-{phase}": (functools.partial(step, phase, run=functools.partial(gluon_step.gdn_step, by=by)), 1)
+        for by, phase in (("clusters", "decode"), ("tiles", "decode"), ("tiles", "verify"))
     },
     "norm": (norm, 1),
     "l2norm": (l2norm, 1),

@@ -60,6 +60,15 @@ def test_cases(case, by, dtype, state_dtype):
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 4, 128, 128), (1, 1, 128, 192), (1, 4, 64, 64)], ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.phase == "decode"], ids=lambda case: case.id)
+@pytest.mark.skipif(not HOPPER, reason="needs sm_90")
+def test_cases_by_bulk_copies(case, heads, state_dtype):
+    """States whose tiles come and go by bulk copies, as one that is strided or `kv` does not."""
+    cases.check_step(dataclasses.replace(case, heads=heads, by="tiles"), torch.bfloat16, "cuda", state_dtype)
+
+
+@pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize(("state_layout", "conv_layout"), [("vk", "cw"), ("kv", "wc")])
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
@@ -88,11 +97,12 @@ def test_neighbours_change_no_bits(by, phase, state_dtype):
     cases.check_step_neighbours(phase, torch.bfloat16, "cuda", state_dtype, heads=(4, 8, 128, 128), by=by)
 
 
+@pytest.mark.parametrize("heads", [(1, 2, 8, 8), (2, 4, 128, 128)], ids=str)
 @pytest.mark.parametrize("cu_seqlens", base.MALFORMED, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 @KERNELS
-def test_survives_malformed_cu_seqlens(by, cu_seqlens, phase):
-    cases.check_step_malformed(cu_seqlens, phase, torch.bfloat16, "cuda", by)
+def test_survives_malformed_cu_seqlens(by, cu_seqlens, phase, heads):
+    cases.check_step_malformed(cu_seqlens, phase, torch.bfloat16, "cuda", by, heads)
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)

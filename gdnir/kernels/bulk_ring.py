@@ -1,0 +1,211 @@
+"""Tiles of a large tensor through shared memory by bulk copies, where a warp waits for its own part of a tile and for no other warp.
+
+A tile's rows lie one after the other, in memory as in shared memory, and warp i of a CTA has the ith part of them. The ring has
+`stages` tiles on their way in and one on its way out: `fetch` asks for a tile, `arrived` waits for it, `take` reads it into
+registers; `put` and `send` write one back, `sent` waits until its place is free.
+One lane of each warp copies; a copy needs addresses and sizes that are multiples of 16 bytes.
+
+PTX, since Gluon has no bulk copy without a descriptor, none that tells L2 what to keep, and no address of shared memory. A
+function's static shared memory ends at 48 KB, together with Gluon's own.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.runtime.jit import constexpr_function
+
+# Registers of a block of PTX: `one` is a warp's copying lane, w the warp, and what it copies begins w times `part` bytes on.
+_HEAD = """.reg .pred one, some; .reg .u32 w, at, bar; .reg .u64 there, policy;
+mov.u32 w, %tid.x; and.b32 at, w, 31; setp.eq.u32 one, at, 0; shr.u32 w, w, 5;"""
+
+
+@constexpr_function
+def ring_shape(stages, warps, tile_bytes):
+    """(stages, warps, bytes of a warp's part of a tile): what all functions here are given as RING."""
+    return stages, warps, tile_bytes // warps
+
+
+@constexpr_function
+def _stages(ring):
+    return ring[0]
+
+
+@constexpr_function
+def _tile_bytes(ring):
+    return ring[1] * ring[2]
+
+
+@constexpr_function
+def _barriers(ring):
+    """Where they begin, one of each warp for each stage."""
+    stages, warps, part = ring
+    return (stages + 1) * warps * part
+
+
+@constexpr_function
+def _open_ptx(ring):
+    stages, warps, _ = ring
+    first = _barriers(ring)
+    starts = [f"@one mbarrier.init.shared::cta.b64 [bar+{first + 8 * i}], 1;" for i in range(stages)]
+    return "\n".join(
+        [
+            f"{{ .shared .align 128 .b8 ring[{first + 8 * stages * warps}];",
+            _HEAD,
+            f"mov.u32 $0, ring; mad.lo.u32 bar, w, {8 * stages}, $0;",
+            *starts,
+            "@one fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; }",
+        ]
+    )
+
+
+@constexpr_function
+def _fetch_ptx(ring):
+    stages, warps, part = ring
+    first = _barriers(ring)
+    return f"""{{ {_HEAD}
+setp.ne.and.s32 some, $4, 0, one;
+mad.lo.u32 bar, w, {stages}, $2; mad.lo.u32 bar, bar, 8, $1;
+mad.lo.u32 at, $2, {warps}, w; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $3;
+createpolicy.fractional.L2::evict_last.b64 policy, 1.0;
+bar.warp.sync 0xffffffff;
+@some mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar+{first}], {part};
+@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
+  [at], [there], {part}, [bar+{first}], policy;
+mov.b32 $0, 0; }}"""
+
+
+@constexpr_function
+def _arrived_ptx(ring):
+    stages = ring[0]
+    return f"""{{ {_HEAD}
+mad.lo.u32 bar, w, {stages}, $2; mad.lo.u32 bar, bar, 8, $1; setp.eq.s32 some, $4, 0;
+@some bra OVER;
+AGAIN: mbarrier.try_wait.parity.shared::cta.b64 some, [bar+{_barriers(ring)}], $3;
+@!some bra AGAIN;
+OVER: mov.b32 $0, 0; }}"""
+
+
+@constexpr_function
+def _send_ptx(ring):
+    stages, warps, part = ring
+    return f"""{{ {_HEAD}
+setp.ne.and.s32 some, $3, 0, one;
+add.u32 at, w, {stages * warps}; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $2;
+fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;
+@some cp.async.bulk.global.shared::cta.bulk_group [there], [at], {part};
+@one cp.async.bulk.commit_group;
+mov.b32 $0, 0; }}"""
+
+
+@constexpr_function
+def _sent_ptx():
+    return f"{{ {_HEAD} @one cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0; }}"
+
+
+@constexpr_function
+def _put_ptx(vector):
+    values = ", ".join(f"${2 * vector + i}" for i in range(4))
+    return f"st.shared.v4.b32 [${vector}], {{{values}}}; " + " ".join(f"mov.b32 ${i}, 0;" for i in range(vector))
+
+
+# PTX for `vector` elements at a time, in four registers, whose addresses are the same.
+@constexpr_function
+def _registers(vector):
+    return ["f" if vector == 4 else "r"] * 4
+
+
+@constexpr_function
+def _of_take(vector):
+    return ",".join([f"={r}" for r in _registers(vector)] + ["r"] * vector)
+
+
+@constexpr_function
+def _of_put(vector):
+    return ",".join(["=r"] * vector + ["r"] * vector + _registers(vector))
+
+
+@constexpr_function
+def _only(dtype):
+    return [dtype]
+
+
+@gluon.jit
+def open_ring(RING: gl.constexpr):
+    """The ring: its address in shared memory. Once in a kernel."""
+    PTX: gl.constexpr = _open_ptx(RING)
+    return gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def fetch(ring, i, source, some, RING: gl.constexpr):
+    """Ask for the ith tile, which begins at `source`, if there is `some`; its place is free: the warp has put, or stored, what it
+    computed of tile i - stages (to have taken it is not enough, since a copy does not wait for the loads of its warp)."""
+    PTX: gl.constexpr = _fetch_ptx(RING)
+    STAGES: gl.constexpr = _stages(RING)
+    args = [ring, i % STAGES, source.to(gl.int64), some.to(gl.int32)]
+    gl.inline_asm_elementwise(PTX, "=r,r,r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrived(ring, i, some, RING: gl.constexpr):
+    PTX: gl.constexpr = _arrived_ptx(RING)
+    STAGES: gl.constexpr = _stages(RING)
+    args = [ring, i % STAGES, i // STAGES % 2, some.to(gl.int32)]
+    gl.inline_asm_elementwise(PTX, "=r,r,r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def places(row, column, K: gl.constexpr, VECTOR: gl.constexpr):
+    """Where elements lie in a tile of K columns, in bytes; VECTOR of them, 16 bytes, are in one place."""
+    return (row[:, None] * K + (column // VECTOR * VECTOR)[None, :]) * (16 // VECTOR)
+
+
+@gluon.jit
+def take(ring, i, place, TYPE: gl.constexpr, VECTOR: gl.constexpr, RING: gl.constexpr):
+    """The ith tile, in the layout of `place`."""
+    STAGES: gl.constexpr = _stages(RING)
+    SIZE: gl.constexpr = _tile_bytes(RING)
+    REGISTERS: gl.constexpr = _of_take(VECTOR)
+    TYPES: gl.constexpr = _only(TYPE)
+    at = ring + i % STAGES * SIZE + place
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", REGISTERS, [at], dtype=TYPES, is_pure=False, pack=VECTOR
+    )[0]
+
+
+@gluon.jit
+def _write(at, tile, VECTOR: gl.constexpr):
+    PTX: gl.constexpr = _put_ptx(VECTOR)
+    REGISTERS: gl.constexpr = _of_put(VECTOR)
+    gl.inline_asm_elementwise(PTX, REGISTERS, [at, tile], dtype=gl.int32, is_pure=False, pack=VECTOR)
+
+
+@gluon.jit
+def fill(ring, place, tile, VECTOR: gl.constexpr, RING: gl.constexpr):
+    """Every tile that is taken is this one, and none is asked for."""
+    STAGES: gl.constexpr = _stages(RING)
+    SIZE: gl.constexpr = _tile_bytes(RING)
+    for i in gl.static_range(STAGES):
+        _write(ring + i * SIZE + place, tile, VECTOR)
+
+
+@gluon.jit
+def put(ring, place, tile, VECTOR: gl.constexpr, RING: gl.constexpr):
+    """A tile that is to be sent; the last one was."""
+    STAGES: gl.constexpr = _stages(RING)
+    SIZE: gl.constexpr = _tile_bytes(RING)
+    _write(ring + STAGES * SIZE + place, tile, VECTOR)
+
+
+@gluon.jit
+def send(ring, to, some, RING: gl.constexpr):
+    """Copy what was put to `to`, if there is `some`."""
+    PTX: gl.constexpr = _send_ptx(RING)
+    args = [ring, to.to(gl.int64), some.to(gl.int32)]
+    gl.inline_asm_elementwise(PTX, "=r,r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def sent():
+    """What was sent has been read: another tile may be put, or the kernel end."""
+    PTX: gl.constexpr = _sent_ptx()
+    gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
