@@ -2,7 +2,7 @@
 [--provider triton]`.
 
 16 key and 32 value heads of 128 (OLMo-hybrid: 30 heads, K 96, V 192, beta up to 2), bf16 activations, paged states of
-B + 1 slots; several pools take turns where they fit into the L2 cache. State TB/s counts the recurrent state read and
+B + 1 slots, which sequences have in random order ("in order": as they come); several pools take turns where they fit into the L2 cache. State TB/s counts the recurrent state read and
 written. fla-core's chain is measured in the same run where it is installed.
 """
 
@@ -25,13 +25,13 @@ def rand(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def calls(batch, state_dtype, provider, heads=QWEN, drafts=1, beside=False):
+def calls(batch, state_dtype, provider, heads=QWEN, drafts=1, beside=False, in_order=False):
     """(ours, fla-core's chain, torch's multiplication in place of as many bytes of state): each on as many pools as it takes to
     exceed the L2 cache twice; our first result, and the provider of our kernel."""
     h, hv, k, v = heads
     slots = batch * (1 if drafts == 1 else 1 + drafts) + 1
     tokens, channels = batch * drafts, 2 * h * k + hv * v
-    order = torch.randperm(slots - 1).tolist()
+    order = list(range(slots - 1)) if in_order else torch.randperm(slots - 1).tolist()
     if drafts == 1:
         seq = gdnir.Seq.decode(order[:batch], device="cuda")
     else:
@@ -54,11 +54,11 @@ def calls(batch, state_dtype, provider, heads=QWEN, drafts=1, beside=False):
     return ours, chains, plain, ours[0](), lowering.provider
 
 
-def row(phase, batch, dtype, heads, provider, copy, notes, drafts=1, vllm=None):
+def row(phase, batch, dtype, heads, provider, copy, notes, drafts=1, vllm=None, in_order=False):
     hv, k, v = heads[1:]
     name = str(dtype).removeprefix("torch.")
-    beside = drafts == 1 and dtype == torch.float32  # fla-core's states are f32
-    ours, chains, plain, first, used = calls(batch, dtype, provider, heads, drafts, beside)
+    beside = drafts == 1 and dtype == torch.float32 and not in_order  # fla-core's states are f32
+    ours, chains, plain, first, used = calls(batch, dtype, provider, heads, drafts, beside, in_order)
     theirs = measure(f"{phase} B={batch}, fla-core", chains, first, notes)
     ms, chained = replay_ms(*ours, replays=60), chain_ms(*ours)
     beside_chained = theirs and measure(
@@ -102,6 +102,9 @@ def main(
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 32, 128):
             rows.append(row("verify L=4", batch, dtype, QWEN, provider, copy, notes, drafts=4))
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (32, 128, 512):
+            rows.append(row("decode, slots in order", batch, dtype, QWEN, provider, copy, notes, in_order=True))
     for batch in (1, 32, 128):
         rows.append(row("decode OLMo", batch, torch.float32, OLMO, provider, copy, notes))
     report(
