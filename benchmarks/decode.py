@@ -2,8 +2,9 @@
 [--provider triton]`.
 
 16 key and 32 value heads of 128 (OLMo-hybrid: 30 heads, K 96, V 192, beta up to 2), bf16 activations, paged states of
-B + 1 slots, which sequences have in random order ("in order": as they come); several pools take turns where they fit into the L2 cache. State TB/s counts the recurrent state read and
-written. fla-core's chain is measured in the same run where it is installed.
+B + 1 slots, which sequences have in random order ("in order": as they come); several pools take turns where they fit into
+the L2 cache. State TB/s counts the recurrent state read and written. fla-core's chain is measured in the same run where it
+is installed.
 """
 
 import math

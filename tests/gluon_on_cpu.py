@@ -440,7 +440,6 @@ class Launched:
             "_wait": lambda: None,
             "_over_groups": lambda sums, ctas, group: [x.view(-1, group).sum(1).repeat_interleave(group) for x in sums],
             "open_ring": open_ring,
-            "places": lambda row, column, k, vector: (row[:, None] * k + column // vector * vector) * (16 // vector),
             **{name: getattr(Ring, name) for name in ("fetch", "arrived", "take", "fill", "put", "send")},
             "sent": lambda: ring.sent(),
             **self.instead,

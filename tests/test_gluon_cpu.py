@@ -55,7 +55,7 @@ def test_step(case, by):
         step_cases.check_step(dataclasses.replace(case, by=by), torch.float32, "cpu")
 
 
-# Tiles of 2048 and 4096 elements, three on their way: 16 of 16 rows or 8 of 32, 12 in the middle of 16, 8 of 32 or 4 of 64.
+# Tiles of 2048 and 4096 elements, two or three on their way: 16 of 16 rows or 8 of 32, 12 in the middle of 16, 8 of 32 or 4 of 64.
 @pytest.mark.parametrize("heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 64)], ids=str)
 @pytest.mark.parametrize("case", [c for c in step_cases.CASES if c.phase == "decode"], ids=lambda case: case.id)
 def test_step_by_bulk_copies(case, heads):

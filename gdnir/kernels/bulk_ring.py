@@ -13,8 +13,14 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.runtime.jit import constexpr_function
 
-# Registers of a block of PTX: `one` is a warp's copying lane, w the warp, and what it copies begins w times `part` bytes on.
-_HEAD = """.reg .pred one, some; .reg .u32 w, at, bar; .reg .u64 there, policy;
+from .delta_rule_step import KEEP_IN_L2
+
+
+# A function, since Triton's cache of compiled kernels looks at functions, and at no string that one of them names.
+@constexpr_function
+def _head():
+    """Registers of a block of PTX: `one` is a warp's copying lane, w the warp, and what it copies begins w times `part` bytes on."""
+    return """.reg .pred one, some; .reg .u32 w, at, bar; .reg .u64 there, policy;
 mov.u32 w, %tid.x; and.b32 at, w, 31; setp.eq.u32 one, at, 0; shr.u32 w, w, 5;"""
 
 
@@ -49,7 +55,7 @@ def _open_ptx(ring):
     return "\n".join(
         [
             f"{{ .shared .align 128 .b8 ring[{first + 8 * stages * warps}];",
-            _HEAD,
+            _head(),
             f"mov.u32 $0, ring; mad.lo.u32 bar, w, {8 * stages}, $0;",
             *starts,
             "@one fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; }",
@@ -61,11 +67,11 @@ def _open_ptx(ring):
 def _fetch_ptx(ring):
     stages, warps, part = ring
     first = _barriers(ring)
-    return f"""{{ {_HEAD}
+    return f"""{{ {_head()}
 setp.ne.and.s32 some, $4, 0, one;
 mad.lo.u32 bar, w, {stages}, $2; mad.lo.u32 bar, bar, 8, $1;
 mad.lo.u32 at, $2, {warps}, w; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $3;
-createpolicy.fractional.L2::evict_last.b64 policy, 1.0;
+createpolicy.fractional.L2::{KEEP_IN_L2.value}.b64 policy, 1.0;
 bar.warp.sync 0xffffffff;
 @some mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar+{first}], {part};
 @some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
@@ -76,7 +82,7 @@ mov.b32 $0, 0; }}"""
 @constexpr_function
 def _arrived_ptx(ring):
     stages = ring[0]
-    return f"""{{ {_HEAD}
+    return f"""{{ {_head()}
 mad.lo.u32 bar, w, {stages}, $2; mad.lo.u32 bar, bar, 8, $1; setp.eq.s32 some, $4, 0;
 @some bra OVER;
 AGAIN: mbarrier.try_wait.parity.shared::cta.b64 some, [bar+{_barriers(ring)}], $3;
@@ -87,7 +93,7 @@ OVER: mov.b32 $0, 0; }}"""
 @constexpr_function
 def _send_ptx(ring):
     stages, warps, part = ring
-    return f"""{{ {_HEAD}
+    return f"""{{ {_head()}
 setp.ne.and.s32 some, $3, 0, one;
 add.u32 at, w, {stages * warps}; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $2;
 fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;
@@ -98,7 +104,7 @@ mov.b32 $0, 0; }}"""
 
 @constexpr_function
 def _sent_ptx():
-    return f"{{ {_HEAD} @one cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0; }}"
+    return f"{{ {_head()} @one cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0; }}"
 
 
 @constexpr_function

@@ -20,23 +20,17 @@ if TYPE_CHECKING:
 # TILE: elements of the state in a tile. FILL: sequences and key heads for each multiprocessor up to which a cluster for each is
 # faster than one program. AHEAD: tiles of a program in flight. EARLY: q and k are normalised before the first tile, not for each.
 # BULK: a program's tiles go through shared memory by bulk copies, each warp's part by itself.
-_TILES, _WARPS = (1024, 2048, 4096, 8192, 16384), (2, 4, 8)
-_FILL = (0.4, 0.5, 0.8, 1.0, 1.5, 2.0)
+_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 1.0, 1.5, 2.0)
+_WARPS, _REGISTERS = (2, 4, 8), range(64, 256, 8)
 _CLUSTERS = {"TILE": _TILES, "FILL": _FILL}
 _ONE = {
     "TILE": _TILES,
     "AHEAD": (1, 2, 3, 4),
     "EARLY": (True, False),
     "num_warps": _WARPS,
-    "maxnreg": range(64, 256, 8),
+    "maxnreg": _REGISTERS,
 }
-_BULK = {
-    "TILE": (1024, 2048, 4096),
-    "FILL": _FILL,
-    "AHEAD": (2, 3, 4),
-    "num_warps": (2, 4, 8),
-    "maxnreg": range(64, 256, 8),
-}
+_BULK = {"TILE": _TILES[:3], "FILL": _FILL, "AHEAD": (2, 3, 4), "num_warps": _WARPS, "maxnreg": _REGISTERS}
 _TABLES = tables.load(
     "gluon_step",
     {  # by bits of an element of the state
