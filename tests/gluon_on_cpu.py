@@ -110,7 +110,8 @@ class Ring:
     """What bulk_ring.py does, for all warps of a program at once: a tile is copied in when it is taken, out when it is known to be."""
 
     def __init__(self, shape):
-        self.asked, self.filled, self.leaving, self.loading = [None] * shape[0], None, None, None
+        self.asked, self.filled, self.leaving, self.loading, self.fenced = [None] * shape[0], None, None, None, True
+        self.closed = False
 
     def fetch(self, i, source, some, shape):
         stage = int(i) % len(self.asked)
@@ -136,15 +137,23 @@ class Ring:
 
     def put(self, place, tile, vector, shape):
         assert self.leaving is None, "a tile in the place of one that has not been sent"
-        self.tile, self.loading = tile, None  # which needed all that was taken
+        self.tile, self.fenced = tile, False
+
+    def fence(self):
+        self.loading, self.fenced = None, True
 
     def send(self, to, some, shape):
+        assert self.fenced, "sent before it is known to be put"
         self.leaving = to if bool(some) else None
 
     def sent(self):
         if self.leaving is not None:
             store(self.leaving + torch.arange(self.tile.numel()).view(self.tile.shape), self.tile)
         self.leaving = None
+
+    def close(self):
+        assert not (any(self.asked) or self.leaving), "a copy left in flight"
+        self.closed = True
 
 
 class Deadlock(AssertionError):
@@ -409,7 +418,7 @@ class Launched:
         def open_ring(shape):
             nonlocal ring
             ring = Ring(shape)
-            return ring
+            return ring, ring
 
         names = {
             **vars(module),
@@ -441,7 +450,8 @@ class Launched:
             "_over_groups": lambda sums, ctas, group: [x.view(-1, group).sum(1).repeat_interleave(group) for x in sums],
             "open_ring": open_ring,
             **{name: getattr(Ring, name) for name in ("fetch", "arrived", "take", "fill", "put", "send")},
-            "sent": lambda: ring.sent(),
+            **{name: lambda name=name: getattr(ring, name)() for name in ("fence", "sent")},
+            "close_ring": Ring.close,
             **self.instead,
         }
         arguments = [self.argument(x) for x in args]
@@ -449,7 +459,7 @@ class Launched:
         start(Clock("the program"), self.seed, [])
         names[self.name](*arguments, **options)
         assert not local.stores, "work left in flight"
-        assert ring is None or not (any(ring.asked) or ring.leaving), "a copy left in flight"
+        assert ring is None or ring.closed, "a ring left open"
 
     def argument(self, x):
         if x is None:

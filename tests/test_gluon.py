@@ -109,7 +109,7 @@ def test_accepts_steps(change, sentence):
 
 
 def test_clusters_are_for_few_rows(monkeypatch):
-    """By the table, of 132 multiprocessors: 6 rows of 16 key heads in decode, 3 in verify. Triton's kernel is for batch-invariant
+    """By the table, of 132 multiprocessors: 4 rows of 16 key heads in decode, 3 in verify. Triton's kernel is for batch-invariant
     plans, and for rows of more columns than the kernel's code is written out for."""
     launched = []
     monkeypatch.setattr(gluon_step, "launch", lambda kernel, programs, args, made: launched.append(made["num_ctas"]))
@@ -119,7 +119,7 @@ def test_clusters_are_for_few_rows(monkeypatch):
     monkeypatch.setattr(triton_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_kernel=None))
     for invariant in (False, True):
         for phase, rows, columns in (
-            ("decode", 6, 1), ("decode", 7, 1), ("verify", 3, 2), ("verify", 4, 2), ("verify", 3, 9),
+            ("decode", 4, 1), ("decode", 5, 1), ("verify", 3, 2), ("verify", 4, 2), ("verify", 3, 9),
         ):  # fmt: skip
             slots = list(range(rows))
             seq = (
@@ -151,7 +151,8 @@ APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
         (STATE.bfloat16(), {}, True),
         (STATE[1:], {}, True),
         (APART[:, 1:], {}, True),  # an engine's pages
-        (STATE, {"phase": "verify"}, False),
+        (STATE, {"phase": "verify"}, True),
+        (STATE, {"phase": "verify", "tokens": 8}, True),
         (STATE, {"layout": "kv"}, False),
         (STATE.transpose(2, 3), {}, False),
         (torch.empty(3, 4, 128, 132)[..., :128], {}, False),  # rows with gaps
@@ -162,12 +163,16 @@ APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
         (torch.empty(3, 4, 192, 96), {}, False),  # K is no power of two
         (torch.empty(3, 4, 120, 128), {}, False),  # nor do tiles end with the head
         (torch.empty(3, 4, 128, 16), {}, False),  # a row is less than 128 bytes
-        (torch.empty(3, 16, 128, 128), {}, False),  # 8 heads: no room for a ring
+        (torch.empty(3, 16, 128, 128), {}, True),
+        (torch.empty(3, 32, 128, 128), {"phase": "verify", "tokens": 8}, False),  # 16 heads: no room for a ring
+        (torch.empty(3, 128, 128, 64).bfloat16(), {}, False),  # 64 heads: what is kept of rows is larger than the ring
     ],
 )
 def test_what_bulk_copies_take(state, change, takes):
     hv, v, k = state.shape[1:]
-    seq = types.SimpleNamespace(phase=change.get("phase", "decode"))
+    seq = types.SimpleNamespace(
+        phase=change.get("phase", "decode"), write_slots=torch.zeros(2, change.get("tokens", 4))
+    )
     assert gluon_step.takes_bulk(seq, (2, hv, k, v), state, change.get("layout", "vk")) is takes
 
 

@@ -157,9 +157,11 @@ HEADS = {
 }
 
 
-def step_batch(phase, rows, shift=0):
+def step_batch(phase, rows, shift=0, drafts=2):
     """Metadata as slices at any alignment."""
-    batch = tuple((1, True, n, (n, -1)) if phase == "verify" else (1, True, n, n) for n in range(rows + shift))
+    batch = tuple(
+        (1, True, n, (n, *[-1] * (drafts - 1))) if phase == "verify" else (1, True, n, n) for n in range(rows + shift)
+    )
     seq = make_seq(Case("", phase, batch), "cpu")
     cut = {key: getattr(seq, key)[shift:] for key in ("cu_seqlens", "read_slots", "write_slots", "has_state")}
     return type(seq)(
@@ -168,7 +170,7 @@ def step_batch(phase, rows, shift=0):
 
 
 def launch_step(
-    phase, dtype, state_dtype, *, heads="qwen", layout="vk", rows=2, slots=4, shift=0, bias=False,
+    phase, dtype, state_dtype, *, heads="qwen", layout="vk", rows=2, slots=4, shift=0, bias=False, drafts=2,
     step=triton_step.gdn_step,
 ):  # fmt: skip
     h, hv, k, v = HEADS[heads]
@@ -180,7 +182,7 @@ def launch_step(
     rate = torch.empty(hv)
     step(
         qkv, z.unflatten(1, (hv, v)), a, b, torch.empty(c, 4, dtype=dtype), torch.empty(c, dtype=dtype) if bias else None,
-        conv, state, rate, rate, torch.empty(v), step_batch(phase, rows, shift), activation="silu",
+        conv, state, rate, rate, torch.empty(v), step_batch(phase, rows, shift, drafts), activation="silu",
         conv_layout="cw" if layout == "vk" else "wc", heads=HEADS[heads], l2norm_eps=1e-6, allow_neg_eigval=False,
         scale=0.1, state_layout=layout, eps=1e-6, gate="silu",
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 A tile's rows lie one after the other, in memory as in shared memory, and warp i of a CTA has the ith part of them. The ring has
 `stages` tiles on their way in and one on its way out: `fetch` asks for a tile, `arrived` waits for it, `take` reads it into
-registers; `put` and `send` write one back, `sent` waits until its place is free.
+registers; `put` and `send` write one back, `sent` waits until its place is free. Copies wait neither for loads nor for stores of
+their warp: `fence` stands between what was taken and put and the copies that use these places next.
 One lane of each warp copies; a copy needs addresses and sizes that are multiples of 16 bytes.
 
-PTX, since Gluon has no bulk copy without a descriptor, none that tells L2 what to keep, and no address of shared memory. A
-function's static shared memory ends at 48 KB, together with Gluon's own.
+PTX, since Gluon has no bulk copy without a descriptor, none that tells L2 what to keep, and no address of shared memory. The ring's
+memory is Gluon's all the same, as much of it as Hopper has: it is the largest that the kernel allocates, and Triton puts the
+largest first. `open_ring` stops the kernel if it is not there.
 """
 
 import triton.experimental.gluon.language as gl
@@ -14,6 +16,9 @@ from triton.experimental import gluon
 from triton.runtime.jit import constexpr_function
 
 from .delta_rule_step import KEEP_IN_L2
+
+ROW = gl.constexpr(256)
+"""Integers in a row of the memory of a ring, one for each thread."""
 
 
 # A function, since Triton's cache of compiled kernels looks at functions, and at no string that one of them names.
@@ -48,15 +53,28 @@ def _barriers(ring):
 
 
 @constexpr_function
+def _rows(ring):
+    """Of ROW integers: those of the tiles, one of barriers, one of marks."""
+    return _barriers(ring) // (4 * ROW) + 2
+
+
+@constexpr_function
+def _layouts(warps):
+    return gl.SwizzledSharedLayout(1, 1, 1, [0]), gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@constexpr_function
 def _open_ptx(ring):
     stages, warps, _ = ring
     first = _barriers(ring)
     starts = [f"@one mbarrier.init.shared::cta.b64 [bar+{first + 8 * i}], 1;" for i in range(stages)]
     return "\n".join(
         [
-            f"{{ .shared .align 128 .b8 ring[{first + 8 * stages * warps}];",
+            "{ .reg .u32 mark;",
             _head(),
-            f"mov.u32 $0, ring; mad.lo.u32 bar, w, {8 * stages}, $0;",
+            "mov.u32 $0, global_smem; mov.u32 at, %tid.x; mad.lo.u32 bar, at, 4, $0;",
+            f"ld.shared.u32 mark, [bar+{first + 4 * ROW.value}]; setp.ne.u32 some, mark, at; @some trap;",
+            f"mad.lo.u32 bar, w, {8 * stages}, $0;",
             *starts,
             "@one fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; }",
         ]
@@ -72,7 +90,6 @@ setp.ne.and.s32 some, $4, 0, one;
 mad.lo.u32 bar, w, {stages}, $2; mad.lo.u32 bar, bar, 8, $1;
 mad.lo.u32 at, $2, {warps}, w; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $3;
 createpolicy.fractional.L2::{KEEP_IN_L2.value}.b64 policy, 1.0;
-bar.warp.sync 0xffffffff;
 @some mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar+{first}], {part};
 @some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
   [at], [there], {part}, [bar+{first}], policy;
@@ -96,10 +113,14 @@ def _send_ptx(ring):
     return f"""{{ {_head()}
 setp.ne.and.s32 some, $3, 0, one;
 add.u32 at, w, {stages * warps}; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $2;
-fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;
 @some cp.async.bulk.global.shared::cta.bulk_group [there], [at], {part};
 @one cp.async.bulk.commit_group;
 mov.b32 $0, 0; }}"""
+
+
+@constexpr_function
+def _fence_ptx():
+    return "fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
 
 
 @constexpr_function
@@ -136,15 +157,26 @@ def _only(dtype):
 
 @gluon.jit
 def open_ring(RING: gl.constexpr):
-    """The ring: its address in shared memory. Once in a kernel."""
+    """(the ring: its address in shared memory, its memory, for `close_ring`). Once in a kernel, of at most 8 warps."""
+    ROWS: gl.constexpr = _rows(RING)
+    WARPS: gl.constexpr = gl.num_warps()
+    SHARED: gl.constexpr = _layouts(WARPS)[0]
+    MARKS: gl.constexpr = _layouts(WARPS)[1]
     PTX: gl.constexpr = _open_ptx(RING)
-    return gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    memory = gl.allocate_shared_memory(gl.int32, [ROWS, ROW], SHARED)
+    memory.index(ROWS - 1).store(gl.arange(0, ROW, MARKS))  # each thread finds its own where it takes the memory to be
+    return gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1), memory
+
+
+@gluon.jit
+def close_ring(memory):
+    """Nothing is on its way. Up to here no other allocation of the kernel gets this memory."""
+    memory._keep_alive()
 
 
 @gluon.jit
 def fetch(ring, i, source, some, RING: gl.constexpr):
-    """Ask for the ith tile, which begins at `source`, if there is `some`; its place is free: the warp has put, or stored, what it
-    computed of tile i - stages (to have taken it is not enough, since a copy does not wait for the loads of its warp)."""
+    """Ask for the ith tile, which begins at `source`, if there is `some`, after a `fence` that came after tile i - stages was taken."""
     PTX: gl.constexpr = _fetch_ptx(RING)
     STAGES: gl.constexpr = _stages(RING)
     args = [ring, i % STAGES, source.to(gl.int64), some.to(gl.int32)]
@@ -196,10 +228,17 @@ def fill(ring, place, tile, VECTOR: gl.constexpr, RING: gl.constexpr):
 
 @gluon.jit
 def put(ring, place, tile, VECTOR: gl.constexpr, RING: gl.constexpr):
-    """A tile that is to be sent; the last one was."""
+    """A tile that is to be sent after a `fence`; the last one was `sent`."""
     STAGES: gl.constexpr = _stages(RING)
     SIZE: gl.constexpr = _tile_bytes(RING)
     _write(ring + STAGES * SIZE + place, tile, VECTOR)
+
+
+@gluon.jit
+def fence():
+    """What the warp has taken and put comes before the copies that follow."""
+    PTX: gl.constexpr = _fence_ptx()
+    gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

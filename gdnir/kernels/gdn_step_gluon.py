@@ -14,7 +14,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.runtime.jit import constexpr_function
 
-from .bulk_ring import arrived, fetch, fill, open_ring, places, put, ring_shape, send, sent, take
+from .bulk_ring import arrived, close_ring, fence, fetch, fill, open_ring, places, put, ring_shape, send, sent, take
 from .causal_conv1d import _activate, _bounds
 from .delta_rule_gluon_prep import _barrier
 from .delta_rule_step import KEEP_IN_L2, report_slots
@@ -306,8 +306,8 @@ def gdn_step_gluon_kernel(
     GATE: gl.constexpr,
 ):
     """CTAS of a cluster, tiles of a CTA, of which AHEAD are in flight: one of CTAS and TILES is 1. EARLY: q and k are normalised
-    once, not for each tile (CTAS is 1). BULK: tiles go through shared memory as in bulk_ring.py, where there is one token and rows
-    have no gaps. VECTOR: elements in 16 bytes.
+    once, not for each tile (CTAS is 1). BULK: tiles go through shared memory as in bulk_ring.py, where rows have no gaps.
+    VECTOR: elements in 16 bytes.
 
     TOKENS: most of a sequence, 1 in decode. VERIFY stores the states after each of them, decode that after the one, or the old
     one of an empty row.
@@ -331,7 +331,7 @@ def gdn_step_gluon_kernel(
     if CTAS > 1:
         _arrive()  # nobody may write into the memory of one that has not begun
     if BULK:
-        ring = open_ring(RING)
+        ring, memory = open_ring(RING)
     qk = gl.allocate_shared_memory(gl.float32, [TOKENS_POW2, 2 * K_POW2], _vector_layout(CTAS, 0))
     vs = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
     decays = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
@@ -363,7 +363,7 @@ def gdn_step_gluon_kernel(
 
     # All that is read is asked for before anything waits: what depends on no slot, then the few inputs, then the state.
     read = gl.load(read_slots + n)
-    if BULK:
+    if BULK and not VERIFY:
         named = gl.load(write_slots + n.to(gl.int64) * stride_wn)
     start, end = _bounds(cu_seqlens, n, T)
     stop = gl.minimum(end, start + TOKENS)
@@ -413,8 +413,9 @@ def gdn_step_gluon_kernel(
                 conv_state, slots, channels, masks, (inputs_k, inputs_v), S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
 
-        if BULK:  # q and k stay in registers
+        if BULK and TOKENS == 1:  # q and k stay in registers
             q, k = q_and_k.index(0).load(OF_COLUMN), q_and_k.index(1).load(OF_COLUMN)
+        if BULK:
             place = places(row, column, K, VECTOR)
             if stateful == 0:
                 fill(ring, place, gl.zeros([ROWS, K_POW2], state.dtype.element_ty, TILE), VECTOR, RING)
@@ -426,10 +427,13 @@ def gdn_step_gluon_kernel(
             else:
                 tile = tiles[0]
             tile, after = tile.to(gl.float32), ()
-            at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
+            if BULK:
+                at = _first_of_tile(first, j, stride_h, BV, K, V_POW2)
+            else:
+                at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
             mine = gl.arange(0, TILES, gl.SliceLayout(0, COLUMNS))[None, :] == j
             for t in gl.static_range(TOKENS):
-                if not BULK:
+                if not BULK or TOKENS > 1:
                     q, k = q_and_k.index(2 * t).load(OF_COLUMN), q_and_k.index(2 * t + 1).load(OF_COLUMN)
                 v = v_of_tile.index(t * TILES + j).load(OF_ROW)
                 decay = decay_of_tile.index(t * TILES + j).load(OF_ROW)
@@ -445,11 +449,12 @@ def gdn_step_gluon_kernel(
                 if BULK:
                     sent()
                     put(ring, place, tile.to(state.dtype.element_ty), VECTOR, RING)
-                    # Only now, since a copy does not wait for loads: what was put needed all that was taken.
-                    later = this + AHEAD
-                    next_source = _first_of_tile(source, _nth(later, BLOCKS, APART), stride_h, BV, K, V_POW2)
-                    fetch(ring, later, next_source, stateful & (later < USED), RING)
-                    send(ring, _first_of_tile(first, j, stride_h, BV, K, V_POW2) + slot, stored, RING)
+                    fence()
+                    if t == 0:
+                        later = this + AHEAD
+                        next_source = _first_of_tile(source, _nth(later, BLOCKS, APART), stride_h, BV, K, V_POW2)
+                        fetch(ring, later, next_source, stateful & (later < USED), RING)
+                    send(ring, at + slot, stored, RING)
                 else:
                     gl.store(at + slot, tile.to(state.dtype.element_ty), mask=inside & stored)
             outs = after
@@ -500,7 +505,9 @@ def gdn_step_gluon_kernel(
                 kept = gl.load(at + read.to(gl.int64) * stride_s, mask=inside & stateful, other=0.0)
                 gl.store(at + write.to(gl.int64) * stride_s, kept, mask=inside & stored)
 
-    if BULK:  # as report_slots, without a load to wait for at the end
+    if BULK:
+        close_ring(memory)
+    if BULK and not VERIFY:  # as report_slots, without a load to wait for at the end
         gl.store(error, 1, mask=gl.maximum(read, named) >= S)
     else:
         report_slots(read, write_slots, error, n, gl.where(h == 0, 0, L), L, S, stride_wn, stride_wl)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # TILE: elements of the state in a tile. FILL: sequences and key heads for each multiprocessor up to which a cluster for each is
 # faster than one program. AHEAD: tiles of a program in flight. EARLY: q and k are normalised before the first tile, not for each.
 # BULK: a program's tiles go through shared memory by bulk copies, each warp's part by itself.
-_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 1.0, 1.5, 2.0)
+_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0)
 _WARPS, _REGISTERS = (2, 4, 8), range(64, 256, 8)
 _CLUSTERS = {"TILE": _TILES, "FILL": _FILL}
 _ONE = {
@@ -30,21 +30,20 @@ _ONE = {
     "num_warps": _WARPS,
     "maxnreg": _REGISTERS,
 }
-_BULK = {"TILE": _TILES[:3], "FILL": _FILL, "AHEAD": (2, 3, 4), "num_warps": _WARPS, "maxnreg": _REGISTERS}
+_BULK = {"TILE": _TILES[1:], "FILL": _FILL, "AHEAD": (1, 2, 3, 4), "num_warps": _WARPS, "maxnreg": _REGISTERS}
 _TABLES = tables.load(
     "gluon_step",
     {  # by bits of an element of the state
-        **{f"decode_bulk_{bits}": _BULK for bits in (32, 16)},
+        **{f"{name}_bulk_{bits}": _BULK for name in ("decode", "verify") for bits in (32, 16)},
         **{f"{name}_clusters_{bits}": _CLUSTERS for name in ("decode", "verify") for bits in (32, 16)},
         **{f"{name}_{bits}": _ONE for name in ("decode", "verify") for bits in (32, 16)},
     },
 )
 # The kernel is Hopper's alone, so one kind of GPU is all there is.
-CLUSTERS, ONE = (
+CLUSTERS, ONE, BULK = (
     {phase: {size: _TABLES[f"{phase}{how}_{8 * size}"]["default"] for size in (4, 2)} for phase in ("decode", "verify")}
-    for how in ("_clusters", "")
+    for how in ("_clusters", "", "_bulk")
 )
-BULK = {size: _TABLES[f"decode_bulk_{8 * size}"]["default"] for size in (4, 2)}
 MOST_CTAS = 8
 """Of a cluster that every device can run. Each has rows of one value head."""
 ELEMENTS = 64
@@ -53,8 +52,8 @@ MOST_TOKENS = 8
 """Of a row, for which the kernel's code is written out."""
 MOST_ROWS = 8192
 """Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
-STATIC_SHARED = 48 << 10
-"""Bytes of shared memory that a program may have in all, if some of it is the ring's."""
+SHARED = 227 << 10
+"""Bytes of shared memory that a program may have on Hopper."""
 
 
 @functools.cache
@@ -80,26 +79,35 @@ def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str,
 
 
 @functools.cache
-def _bulk(size: int, heads: tuple[int, int, int, int]) -> dict[str, Any]:
+def _bulk(phase: str, size: int, heads: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
     """A key head's states in tiles that come and go by bulk copies; empty for shapes that cannot. A tile is whole rows of one
     head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
-    options = {name: value for name, value in BULK[size].items() if name not in ("TILE", "FILL")}
+    options = {name: value for name, value in BULK[phase][size].items() if name not in ("TILE", "FILL")}
     k, v = heads[2:]
-    each, rows = BULK[size]["TILE"] // k if k else 0, _rows(heads)
-    bytes_of_tile, barriers = each * k * size, 8 * options["AHEAD"] * options["num_warps"]
-    shared = (options["AHEAD"] + 1) * bytes_of_tile + barriers + 16 * rows + 8 * k + 1024
+    each, rows = BULK[phase][size]["TILE"] // k if k else 0, _rows(heads)
     whole = each and v % each == 0 and each % (4 * options["num_warps"]) == 0
-    if not whole or k != _next_power_of_2(k) or k * size < 128 or shared > STATIC_SHARED:
+    if not whole or k != _next_power_of_2(k) or k * size < 128:
         return {}
-    return {**options, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}
+    tile, qk, of_rows = each * k * size, 8 * _next_power_of_2(tokens) * k, 4 * tokens * rows
+    room = (
+        SHARED - qk - 4 * of_rows - (4 << 10)
+    ) // tile - 1  # one is on its way out; a ring has 2 KB besides its tiles
+    ahead = min(options.pop("AHEAD"), rows // each, room)
+    if ahead < 1 or ahead * tile < max(qk, of_rows):  # the ring must be the largest
+        return {}
+    return {**options, "AHEAD": ahead, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}
+
+
+def _tokens(seq: Seq) -> int:
+    """The most of a sequence."""
+    return seq.write_slots.shape[1] if seq.phase == "verify" else 1
 
 
 def takes_bulk(seq: Seq, heads: tuple[int, int, int, int], state: Tensor, state_layout: str) -> bool:
     """Whether tiles come and go by bulk copies, not by loads and stores: rows without gaps, heads and slots at multiples of 16 bytes."""
     size, (slot, head, *rows) = state.element_size(), state.stride()
     return (
-        seq.phase == "decode"
-        and _bulk(size, heads) != {}
+        _bulk(seq.phase, size, heads, _tokens(seq)) != {}
         and state_layout == "vk"
         and rows == [heads[2], 1]
         and (state.data_ptr() | slot * size | head * size) % 16 == 0
@@ -136,7 +144,7 @@ def gdn_step(
     `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states (`takes_bulk`
     says how); None: the faster one, by how many there are. More than MOST_TOKENS drafts a sequence are left to Triton's kernel.
     """
-    tokens = seq.write_slots.shape[1] if seq.phase == "verify" else 1
+    tokens = _tokens(seq)
     size, programs = state.element_size(), seq.num_seqs * heads[0]
     if programs == 0 or heads[1] * heads[3] == 0 or not 1 <= tokens <= min(MOST_TOKENS, MOST_ROWS // _rows(heads)):
         return triton_step.gdn_step(
@@ -146,7 +154,7 @@ def gdn_step(
         )  # fmt: skip
     tiles = "bulk" if takes_bulk(seq, heads, state, state_layout) else "tiles"
     if by is None:
-        fill = (BULK if tiles == "bulk" else CLUSTERS[seq.phase])[size]["FILL"]
+        fill = (BULK if tiles == "bulk" else CLUSTERS)[seq.phase][size]["FILL"]
         by = "clusters" if programs <= fill * device_facts(state.device)[0] else "tiles"
     y = z.new_empty(z.shape[0], *heads[1::2])
     args = triton_step.step_arguments(
@@ -181,7 +189,7 @@ def _constants(
     if by == "clusters":
         spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
     else:
-        spread = _bulk(element_size, heads) if by == "bulk" else _one(ONE[phase][element_size], heads)
+        spread = _bulk(phase, element_size, heads, tokens) if by == "bulk" else _one(ONE[phase][element_size], heads)
     return {
         **triton_step.step_names(
             heads, width, state_layout, strides, phase == "verify", activation, allow_neg_eigval, gate
