@@ -176,6 +176,19 @@ def test_what_bulk_copies_take(state, change, takes):
     assert gluon_step.takes_bulk(seq, (2, hv, k, v), state, change.get("layout", "vk")) is takes
 
 
+@pytest.mark.parametrize(
+    ("version", "takes"), [("3.6.0.post1", True), ("3.7.1", True), ("3.8.0", False), ("4.0.0+git", False)]
+)
+def test_bulk_copies_are_for_a_triton_that_is_known(version, takes, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    gluon_step._largest_is_first.cache_clear()
+    try:
+        seq = types.SimpleNamespace(phase="decode")
+        assert gluon_step.takes_bulk(seq, (2, 4, 128, 128), STATE, "vk") is takes
+    finally:
+        gluon_step._largest_is_first.cache_clear()
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_every_accepted_state_is_covered(tokens):
     """Also where heads are no powers of two: the CTAs' tiles have all rows, and are not too many, their elements in registers."""

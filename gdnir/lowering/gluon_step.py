@@ -54,6 +54,8 @@ MOST_ROWS = 8192
 """Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
+TRITONS = ("3.6", "3.7")
+"""Whose kernels are known to have their largest allocation first in shared memory, where bulk_ring.py looks for it."""
 
 
 @functools.cache
@@ -103,14 +105,23 @@ def _tokens(seq: Seq) -> int:
     return seq.write_slots.shape[1] if seq.phase == "verify" else 1
 
 
+@functools.cache
+def _largest_is_first() -> bool:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2]) in TRITONS
+
+
 def takes_bulk(seq: Seq, heads: tuple[int, int, int, int], state: Tensor, state_layout: str) -> bool:
-    """Whether tiles come and go by bulk copies, not by loads and stores: rows without gaps, heads and slots at multiples of 16 bytes."""
+    """Whether tiles come and go by bulk copies, not by loads and stores: rows without gaps, heads and slots at multiples of 16
+    bytes, and a Triton that is known."""
     size, (slot, head, *rows) = state.element_size(), state.stride()
     return (
         _bulk(seq.phase, size, heads, _tokens(seq)) != {}
         and state_layout == "vk"
         and rows == [heads[2], 1]
         and (state.data_ptr() | slot * size | head * size) % 16 == 0
+        and _largest_is_first()
     )
 
 
