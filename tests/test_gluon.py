@@ -151,7 +151,7 @@ APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
         (STATE.bfloat16(), {}, True),
         (STATE[1:], {}, True),
         (APART[:, 1:], {}, True),  # an engine's pages
-        (STATE, {"phase": "verify"}, True),
+        (STATE, {"phase": "verify", "tokens": 4}, True),
         (STATE, {"phase": "verify", "tokens": 8}, True),
         (STATE, {"layout": "kv"}, False),
         (STATE.transpose(2, 3), {}, False),
@@ -170,10 +170,8 @@ APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
 )
 def test_what_bulk_copies_take(state, change, takes):
     hv, v, k = state.shape[1:]
-    seq = types.SimpleNamespace(
-        phase=change.get("phase", "decode"), write_slots=torch.zeros(2, change.get("tokens", 4))
-    )
-    assert gluon_step.takes_bulk(seq, (2, hv, k, v), state, change.get("layout", "vk")) is takes
+    phase, tokens, layout = change.get("phase", "decode"), change.get("tokens", 1), change.get("layout", "vk")
+    assert gluon_step.takes_bulk(phase, tokens, (2, hv, k, v), state, layout) is takes
 
 
 @pytest.mark.parametrize(
@@ -181,12 +179,11 @@ def test_what_bulk_copies_take(state, change, takes):
 )
 def test_bulk_copies_are_for_a_triton_that_is_known(version, takes, monkeypatch):
     monkeypatch.setattr("triton.__version__", version)
-    gluon_step._largest_is_first.cache_clear()
+    gluon_step._bulk.cache_clear()
     try:
-        seq = types.SimpleNamespace(phase="decode")
-        assert gluon_step.takes_bulk(seq, (2, 4, 128, 128), STATE, "vk") is takes
+        assert gluon_step.takes_bulk("decode", 1, (2, 4, 128, 128), STATE, "vk") is takes
     finally:
-        gluon_step._largest_is_first.cache_clear()
+        gluon_step._bulk.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])

@@ -319,6 +319,7 @@ def gdn_step_gluon_kernel(
     APART: gl.constexpr = max(1, TILES // HEADS)  # tiles from one head to the next, of which those below V count
     BLOCKS: gl.constexpr = min(APART, (V + BV - 1) // BV)
     USED: gl.constexpr = 1 if CTAS > 1 else R * BLOCKS
+    HELD: gl.constexpr = BULK and TOKENS == 1  # q and k, in registers
     ROWS_OF_THREAD: gl.constexpr = BV // (4 * WARPS) if BULK else 1  # a warp's have no gaps
     TILE: gl.constexpr = _state_layout(ROWS_OF_THREAD, VECTOR, WARPS, CTAS)
     TAPS_V: gl.constexpr = _taps_layout(TILES * BV, W_POW2, WARPS, CTAS, 1)
@@ -413,7 +414,7 @@ def gdn_step_gluon_kernel(
                 conv_state, slots, channels, masks, (inputs_k, inputs_v), S, P, stride_cs, stride_cc, stride_cp, W, 1
             )  # fmt: skip
 
-        if BULK and TOKENS == 1:  # q and k stay in registers
+        if HELD:
             q, k = q_and_k.index(0).load(OF_COLUMN), q_and_k.index(1).load(OF_COLUMN)
         if BULK:
             place = places(row, column, K, VECTOR)
@@ -433,7 +434,7 @@ def gdn_step_gluon_kernel(
                 at, inside = _of_tile(first, j, stride_h, row, column, STRIDE_V, STRIDE_K, R, K, V, V_POW2)
             mine = gl.arange(0, TILES, gl.SliceLayout(0, COLUMNS))[None, :] == j
             for t in gl.static_range(TOKENS):
-                if not BULK or TOKENS > 1:
+                if not HELD:
                     q, k = q_and_k.index(2 * t).load(OF_COLUMN), q_and_k.index(2 * t + 1).load(OF_COLUMN)
                 v = v_of_tile.index(t * TILES + j).load(OF_ROW)
                 decay = decay_of_tile.index(t * TILES + j).load(OF_ROW)

@@ -54,7 +54,7 @@ MOST_ROWS = 8192
 """Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
-TRITONS = ("3.6", "3.7")
+TRITONS = ("3.6.", "3.7.")
 """Whose kernels are known to have their largest allocation first in shared memory, where bulk_ring.py looks for it."""
 
 
@@ -82,46 +82,34 @@ def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str,
 
 @functools.cache
 def _bulk(phase: str, size: int, heads: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
-    """A key head's states in tiles that come and go by bulk copies; empty for shapes that cannot. A tile is whole rows of one
-    head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
+    """A key head's states in tiles that come and go by bulk copies; empty for shapes that cannot, and with a Triton that is not
+    known. A tile is whole rows of one head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
+    import triton
+
     options = {name: value for name, value in BULK[phase][size].items() if name not in ("TILE", "FILL")}
     k, v = heads[2:]
     each, rows = BULK[phase][size]["TILE"] // k if k else 0, _rows(heads)
     whole = each and v % each == 0 and each % (4 * options["num_warps"]) == 0
-    if not whole or k != _next_power_of_2(k) or k * size < 128:
+    known = triton.__version__.startswith(TRITONS)
+    if not whole or k != _next_power_of_2(k) or k * size < 128 or not known:
         return {}
     tile, qk, of_rows = each * k * size, 8 * _next_power_of_2(tokens) * k, 4 * tokens * rows
-    room = (
-        SHARED - qk - 4 * of_rows - (4 << 10)
-    ) // tile - 1  # one is on its way out; a ring has 2 KB besides its tiles
-    ahead = min(options.pop("AHEAD"), rows // each, room)
+    room = (SHARED - qk - 4 * of_rows - (4 << 10)) // tile  # a ring has 2 KB besides its tiles
+    ahead = min(options.pop("AHEAD"), rows // each, room - 1)  # one is on its way out
     if ahead < 1 or ahead * tile < max(qk, of_rows):  # the ring must be the largest
         return {}
     return {**options, "AHEAD": ahead, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}
 
 
-def _tokens(seq: Seq) -> int:
-    """The most of a sequence."""
-    return seq.write_slots.shape[1] if seq.phase == "verify" else 1
-
-
-@functools.cache
-def _largest_is_first() -> bool:
-    import triton
-
-    return ".".join(triton.__version__.split(".")[:2]) in TRITONS
-
-
-def takes_bulk(seq: Seq, heads: tuple[int, int, int, int], state: Tensor, state_layout: str) -> bool:
-    """Whether tiles come and go by bulk copies, not by loads and stores: rows without gaps, heads and slots at multiples of 16
-    bytes, and a Triton that is known."""
+def takes_bulk(phase: str, tokens: int, heads: tuple[int, int, int, int], state: Tensor, state_layout: str) -> bool:
+    """Whether tiles come and go by bulk copies, not by loads and stores: as `_bulk`, and rows without gaps, heads and slots at
+    multiples of 16 bytes."""
     size, (slot, head, *rows) = state.element_size(), state.stride()
     return (
-        _bulk(seq.phase, size, heads, _tokens(seq)) != {}
+        _bulk(phase, size, heads, tokens) != {}
         and state_layout == "vk"
         and rows == [heads[2], 1]
         and (state.data_ptr() | slot * size | head * size) % 16 == 0
-        and _largest_is_first()
     )
 
 
@@ -155,7 +143,7 @@ def gdn_step(
     `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states (`takes_bulk`
     says how); None: the faster one, by how many there are. More than MOST_TOKENS drafts a sequence are left to Triton's kernel.
     """
-    tokens = _tokens(seq)
+    tokens = seq.write_slots.shape[1] if seq.phase == "verify" else 1
     size, programs = state.element_size(), seq.num_seqs * heads[0]
     if programs == 0 or heads[1] * heads[3] == 0 or not 1 <= tokens <= min(MOST_TOKENS, MOST_ROWS // _rows(heads)):
         return triton_step.gdn_step(
@@ -163,7 +151,7 @@ def gdn_step(
             conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
             state_layout=state_layout, eps=eps, gate=gate,
         )  # fmt: skip
-    tiles = "bulk" if takes_bulk(seq, heads, state, state_layout) else "tiles"
+    tiles = "bulk" if takes_bulk(seq.phase, tokens, heads, state, state_layout) else "tiles"
     if by is None:
         fill = (BULK if tiles == "bulk" else CLUSTERS)[seq.phase][size]["FILL"]
         by = "clusters" if programs <= fill * device_facts(state.device)[0] else "tiles"
