@@ -142,7 +142,7 @@ class Ring:
     def fence(self):
         self.loading, self.fenced = None, True
 
-    def send(self, to, some, shape):
+    def send(self, to, some, priority, shape):
         assert self.fenced, "sent before it is known to be put"
         self.leaving = to if bool(some) else None
 

@@ -108,19 +108,28 @@ def test_accepts_steps(change, sentence):
     assert says_of_step(**change) == sentence
 
 
-def test_clusters_are_for_few_rows(monkeypatch):
-    """By the table, of 132 multiprocessors: 4 rows of 16 key heads in decode, 3 in verify. Triton's kernel is for batch-invariant
+def test_what_is_launched_follows_from_how_many_there_are(monkeypatch):
+    """By the table, of 132 multiprocessors and 16 key heads: clusters, then ways by bulk copies. Triton's kernel is for batch-invariant
     plans, and for rows of more columns than the kernel's code is written out for."""
     launched = []
-    monkeypatch.setattr(gluon_step, "launch", lambda kernel, programs, args, made: launched.append(made["num_ctas"]))
+
+    def launch(_kernel, _programs, _args, made):
+        launched.append("clusters" if made["num_ctas"] > 1 else (made["num_warps"], made["AHEAD"]))
+
+    monkeypatch.setattr(gluon_step, "launch", launch)
     monkeypatch.setattr(triton_step, "kinds", lambda _: ("sm_90",))
     monkeypatch.setattr(triton_step, "launch", lambda *_: launched.append("triton"))
     monkeypatch.setattr(gluon_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_gluon_kernel=None))
     monkeypatch.setattr(triton_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_kernel=None))
+    f32, bf16 = torch.float32, torch.bfloat16
+    want = [
+        ("decode", f32, 3, 1, "clusters"), ("decode", f32, 4, 1, (8, 2)), ("decode", f32, 40, 1, (8, 2)),
+        ("decode", bf16, 4, 1, "clusters"), ("decode", bf16, 5, 1, (8, 4)), ("decode", bf16, 16, 1, (8, 4)),
+        ("decode", bf16, 17, 1, (4, 4)), ("decode", bf16, 33, 1, (4, 4)), ("decode", bf16, 34, 1, (4, 2)),
+        ("verify", f32, 3, 2, "clusters"), ("verify", f32, 4, 2, (8, 4)), ("verify", f32, 3, 9, "triton"),
+    ]  # fmt: skip
     for invariant in (False, True):
-        for phase, rows, columns in (
-            ("decode", 4, 1), ("decode", 5, 1), ("verify", 3, 2), ("verify", 4, 2), ("verify", 3, 9),
-        ):  # fmt: skip
+        for phase, dtype, rows, columns, way in want:
             slots = list(range(rows))
             seq = (
                 gdnir.Seq.decode(slots)
@@ -129,15 +138,16 @@ def test_clusters_are_for_few_rows(monkeypatch):
                     [columns] * rows, read_slots=slots, write_slots=[[n, *[-1] * (columns - 1)] for n in slots]
                 )
             )
-            tokens, bf16 = rows * columns, {"dtype": torch.bfloat16}
+            tokens, some = rows * columns, {"dtype": bf16}
             STEP.chosen(invariant).run(
-                torch.empty(tokens, 8192, **bf16), torch.empty(tokens, 32, 128, **bf16), torch.empty(tokens, 32, **bf16),
-                torch.empty(tokens, 32, **bf16), torch.empty(8192, 4, **bf16), None, torch.empty(rows, 8192, 3, **bf16),
-                torch.empty(rows, 32, 128, 128), torch.empty(32), torch.empty(32), torch.empty(128), seq,
+                torch.empty(tokens, 8192, **some), torch.empty(tokens, 32, 128, **some), torch.empty(tokens, 32, **some),
+                torch.empty(tokens, 32, **some), torch.empty(8192, 4, **some), None, torch.empty(rows, 8192, 3, **some),
+                torch.empty(rows, 32, 128, 128, dtype=dtype), torch.empty(32), torch.empty(32), torch.empty(128), seq,
                 activation="silu", conv_layout="cw", heads=(16, 32, 128, 128), l2norm_eps=1e-6, allow_neg_eigval=False,
                 scale=0.1, state_layout="vk", eps=1e-6, gate="silu",
             )  # fmt: skip
-    assert launched == [4, 1, 4, 1, "triton"] + ["triton"] * 5
+            assert launched.pop() == ("triton" if invariant else way), (phase, dtype, rows)
+    assert not launched
 
 
 STATE = torch.empty(3, 4, 128, 128)
@@ -165,7 +175,11 @@ APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
         (torch.empty(3, 4, 128, 16), {}, False),  # a row is less than 128 bytes
         (torch.empty(3, 16, 128, 128), {}, True),
         (torch.empty(3, 32, 128, 128), {"phase": "verify", "tokens": 8}, False),  # 16 heads: no room for a ring
-        (torch.empty(3, 128, 128, 64).bfloat16(), {}, False),  # 64 heads: what is kept of rows is larger than the ring
+        (
+            torch.empty(3, 32, 128, 128).bfloat16(),
+            {"phase": "verify", "tokens": 5},
+            False,
+        ),  # what rows keep is larger than the ring
     ],
 )
 def test_what_bulk_copies_take(state, change, takes):

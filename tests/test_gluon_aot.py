@@ -148,7 +148,7 @@ def test_no_recompilation_when_only_the_batch_changes(compiled, monkeypatch):
     assert len({id(kernel) for kernel in compiled}) == len(KERNELS)
 
 
-WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles")}
+WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles", 1, 2)}
 
 
 # Registers at most: as many CTAs have room on a multiprocessor as were measured.
@@ -163,9 +163,12 @@ WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles")}
         ("verify", 2, "clusters", "r4", torch.bfloat16, 168),
         ("verify", 4, "clusters", "qwen", torch.float32, 224),
         ("verify", 4, "clusters", "r4", torch.bfloat16, 224),
-        ("decode", 1, "tiles", "qwen", torch.float32, 96),
+        ("decode", 1, "tiles", "qwen", torch.float32, 128),
         ("decode", 1, "tiles", "qwen", torch.bfloat16, 104),
+        ("decode", 1, 1, "qwen", torch.bfloat16, 104),
+        ("decode", 1, 2, "qwen", torch.bfloat16, 168),
         ("decode", 1, "tiles", "r3", torch.bfloat16, 104),
+        ("decode", 1, 2, "r4", torch.bfloat16, 168),
         ("decode", 1, "tiles", "olmo", torch.bfloat16, 128),
         ("verify", 4, "tiles", "qwen", torch.float32, 248),
         ("verify", 4, "tiles", "qwen", torch.bfloat16, 128),
@@ -186,18 +189,28 @@ def test_a_step_compiles_within_limits(compiled, tmp_path, phase, drafts, by, he
     assert kernel.metadata.shared <= TARGETS["sm_90"][1] * 1024
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", ["qwen", "r3", "r4"])
-@pytest.mark.parametrize("phase", ["decode", "verify"])
-def test_bulk_copies(compiled, phase, heads, state):
+@pytest.mark.parametrize(
+    ("phase", "state", "way"),
+    [
+        ("decode", torch.float32, "tiles"),
+        *(("decode", torch.bfloat16, way) for way in ("tiles", 1, 2)),
+        ("verify", torch.float32, "tiles"),
+        ("verify", torch.bfloat16, "tiles"),
+    ],
+    ids=str,
+)
+def test_bulk_copies(compiled, phase, heads, state, way):
     """The ring comes first in shared memory; a fence stands between what is taken and put and the copies that follow."""
-    launch_step(phase, torch.bfloat16, state, heads=heads, step=WAYS["tiles"])
+    launch_step(phase, torch.bfloat16, state, heads=heads, step=WAYS[way])
     (kernel,) = compiled
     (marks,) = map(int, re.findall(r"ld\.shared\.u32 \S+, \[\S+\+(\d+)\]", kernel.asm["ptx"]))
     others = [int(x) for x in re.findall(r"@global_smem, i\d+ (\d+)", kernel.asm["llir"])]
     assert min(others) == marks < max(others)
     assert len(re.findall("@global_smem[^,]", kernel.asm["llir"])) == 1  # its declaration
-    loop = re.findall(r"UBLKCP\.[SG]\.[SG]|STS\.128|FENCE", kernel.asm["sass"].partition("PHASECHK")[2])
+    sass = kernel.asm["sass"]
+    tiles = sass[sass.index("PHASECHK") : sass.rindex("UBLKCP.G.S") + len("UBLKCP.G.S")]
+    loop = re.findall(r"UBLKCP\.[SG]\.[SG]|STS\.128|FENCE", tiles)
     if "UBLKCP.S.G" in loop:  # or all tiles were asked for at first
         assert loop.index("FENCE") < loop.index("UBLKCP.S.G") < loop.index("UBLKCP.G.S")
     order = [x for x, after in zip(loop, [*loop[1:], ""], strict=True) if x != after and x != "UBLKCP.S.G"]
@@ -217,7 +230,7 @@ def test_what_compiled_kernels_are_kept_by_sees_all_that_they_are_made_of():
     assert checked > 20
 
 
-@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize("by", ["clusters", "tiles"])
 @pytest.mark.parametrize("phase", ["decode", "verify"])
 def test_no_recompilation_of_a_step(compiled, phase, by):
     for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4), (33, 32, 3)):

@@ -55,13 +55,14 @@ def test_step(case, by):
         step_cases.check_step(dataclasses.replace(case, by=by), torch.float32, "cpu")
 
 
-# Tiles of 4096 and 8192 elements, two to four on their way: 32 or 64 rows of 128 elements, 64 or 128 of 64.
-@pytest.mark.parametrize("heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 64), (1, 3, 64, 128)], ids=str)
+# Tiles of 4096 and 8192 elements, two to four on their way: 32 or 64 rows of 128 elements, 64 or 128 of 64 elements.
+@pytest.mark.parametrize("heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 128), (1, 3, 64, 128)], ids=str)
 @pytest.mark.parametrize("case", step_cases.CASES, ids=lambda case: case.id)
 def test_step_by_bulk_copies(case, heads):
     with gluon_on_cpu():
         for state in (torch.float32, torch.bfloat16):
-            step_cases.check_step(dataclasses.replace(case, by="tiles", heads=heads), torch.bfloat16, "cpu", state)
+            for each in step_cases.by_bulk_copies(case, heads, state):
+                step_cases.check_step(each, torch.bfloat16, "cpu", state)
 
 
 def test_a_fence_stands_between_what_was_taken_and_put_and_copies():
@@ -75,10 +76,10 @@ def test_a_fence_stands_between_what_was_taken_and_put_and_copies():
         ring.fetch(1, source, True, shape)
     ring.put(place, tile, 4, shape)
     with pytest.raises(AssertionError, match="before it is known"):
-        ring.send(source, True, shape)
+        ring.send(source, True, "evict_normal", shape)
     ring.fence()
     ring.fetch(1, source, True, shape)
-    ring.send(source, True, shape)
+    ring.send(source, True, "evict_normal", shape)
 
 
 @BY

@@ -42,7 +42,7 @@ class Case:
     betas: object = "random"
     strided: bool = False
     wide_conv: bool = False
-    by: str = ""
+    by: str | int = ""
 
     @property
     def channels(self):
@@ -183,7 +183,14 @@ def run_step(given, seq=None):
 
 
 def step_of(by):
-    return functools.partial(gluon_step.gdn_step, by=by) if by else triton_step.gdn_step
+    return triton_step.gdn_step if by == "" else functools.partial(gluon_step.gdn_step, by=by)
+
+
+def by_bulk_copies(case, heads, state_dtype):
+    """The case in each of the ways in which its states' tiles go by bulk copies."""
+    ways = gluon_step._bulk(case.phase, state_dtype.itemsize, heads, 1)
+    assert ways
+    return [dataclasses.replace(case, heads=heads, by=n) for n in range(len(ways))]
 
 
 def oracle_step(given, judge):
@@ -305,7 +312,7 @@ def check_step_malformed(cu_seqlens, phase, dtype, device, by="", heads=(1, 2, 8
             scale=1.0, state_layout="vk", eps=1e-6, gate="silu",
         )  # fmt: skip
         assert y.isfinite().all(), "a token was not written"
-        if not by:
+        if by == "":
             x = torch.ones(tokens, hv, **ones).float()
             o = triton_step.delta_rule_step(
                 torch.ones(tokens, h, k, **ones), torch.ones(tokens, h, k, **ones), torch.ones(tokens, hv, v, **ones),

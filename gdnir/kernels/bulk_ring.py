@@ -108,12 +108,13 @@ OVER: mov.b32 $0, 0; }}"""
 
 
 @constexpr_function
-def _send_ptx(ring):
+def _send_ptx(ring, priority):
     stages, warps, part = ring
     return f"""{{ {_head()}
 setp.ne.and.s32 some, $3, 0, one;
+createpolicy.fractional.L2::{priority}.b64 policy, 1.0;
 add.u32 at, w, {stages * warps}; mad.lo.u32 at, at, {part}, $1; mad.wide.u32 there, w, {part}, $2;
-@some cp.async.bulk.global.shared::cta.bulk_group [there], [at], {part};
+@some cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [there], [at], {part}, policy;
 @one cp.async.bulk.commit_group;
 mov.b32 $0, 0; }}"""
 
@@ -242,9 +243,9 @@ def fence():
 
 
 @gluon.jit
-def send(ring, to, some, RING: gl.constexpr):
-    """Copy what was put to `to`, if there is `some`."""
-    PTX: gl.constexpr = _send_ptx(RING)
+def send(ring, to, some, PRIORITY: gl.constexpr, RING: gl.constexpr):
+    """Copy what was put to `to`, if there is `some`, with this PRIORITY in L2: without any, a line keeps the one of its `fetch`."""
+    PTX: gl.constexpr = _send_ptx(RING, PRIORITY)
     args = [ring, to.to(gl.int64), some.to(gl.int32)]
     gl.inline_asm_elementwise(PTX, "=r,r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
 

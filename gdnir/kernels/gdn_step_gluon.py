@@ -329,6 +329,8 @@ def gdn_step_gluon_kernel(
     OF_ROW: gl.constexpr = gl.SliceLayout(1, TILE)
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
     RING: gl.constexpr = ring_shape(AHEAD, WARPS, BV * K * 16 // VECTOR)
+    # Lines that were read for this write, and have served; new ones, of which nobody will read most.
+    WRITTEN: gl.constexpr = "evict_first" if VERIFY else "evict_normal"
     if CTAS > 1:
         _arrive()  # nobody may write into the memory of one that has not begun
     if BULK:
@@ -455,7 +457,7 @@ def gdn_step_gluon_kernel(
                         later = this + AHEAD
                         next_source = _first_of_tile(source, _nth(later, BLOCKS, APART), stride_h, BV, K, V_POW2)
                         fetch(ring, later, next_source, stateful & (later < USED), RING)
-                    send(ring, at + slot, stored, RING)
+                    send(ring, at + slot, stored, WRITTEN, RING)
                 else:
                     gl.store(at + slot, tile.to(state.dtype.element_ty), mask=inside & stored)
             outs = after

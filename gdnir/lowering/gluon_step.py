@@ -17,10 +17,11 @@ from gdnir.lowering.triton_launch import _kernels, _next_power_of_2
 if TYPE_CHECKING:
     from gdnir.seq import Seq
 
-# TILE: elements of the state in a tile. FILL: sequences and key heads for each multiprocessor up to which a cluster for each is
-# faster than one program. AHEAD: tiles of a program in flight. EARLY: q and k are normalised before the first tile, not for each.
-# BULK: a program's tiles go through shared memory by bulk copies, each warp's part by itself.
-_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0)
+# TILE: elements of the state in a tile. FILL: sequences and key heads for each multiprocessor up to which something else is faster
+# than one program for each: clusters, or what precedes among ways by bulk copies. AHEAD: tiles of a program in flight. EARLY: q and k
+# are normalised before the first tile, not for each. Bulk: a program's tiles go through shared memory by bulk copies, each warp's part
+# by itself.
+_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0, 4.0)
 _WARPS, _REGISTERS = (2, 4, 8), range(64, 256, 8)
 _CLUSTERS = {"TILE": _TILES, "FILL": _FILL}
 _ONE = {
@@ -31,19 +32,22 @@ _ONE = {
     "maxnreg": _REGISTERS,
 }
 _BULK = {"TILE": _TILES[1:], "FILL": _FILL, "AHEAD": (1, 2, 3, 4), "num_warps": _WARPS, "maxnreg": _REGISTERS}
+_WAYS = {("decode", 4): ("",), ("decode", 2): ("", "_more", "_many"), ("verify", 4): ("",), ("verify", 2): ("",)}
+"""By bulk copies, for few sequences first: the ends of their names in the table."""
 _TABLES = tables.load(
     "gluon_step",
     {  # by bits of an element of the state
-        **{f"{name}_bulk_{bits}": _BULK for name in ("decode", "verify") for bits in (32, 16)},
-        **{f"{name}_clusters_{bits}": _CLUSTERS for name in ("decode", "verify") for bits in (32, 16)},
-        **{f"{name}_{bits}": _ONE for name in ("decode", "verify") for bits in (32, 16)},
+        **{f"{phase}_bulk_{8 * size}{end}": _BULK for (phase, size), ends in _WAYS.items() for end in ends},
+        **{f"{phase}_clusters_{8 * size}": _CLUSTERS for phase, size in _WAYS},
+        **{f"{phase}_{8 * size}": _ONE for phase, size in _WAYS},
     },
 )
 # The kernel is Hopper's alone, so one kind of GPU is all there is.
-CLUSTERS, ONE, BULK = (
+CLUSTERS, ONE = (
     {phase: {size: _TABLES[f"{phase}{how}_{8 * size}"]["default"] for size in (4, 2)} for phase in ("decode", "verify")}
-    for how in ("_clusters", "", "_bulk")
+    for how in ("_clusters", "")
 )
+BULK = {key: [_TABLES[f"{key[0]}_bulk_{8 * key[1]}{end}"]["default"] for end in ends] for key, ends in _WAYS.items()}
 MOST_CTAS = 8
 """Of a cluster that every device can run. Each has rows of one value head."""
 ELEMENTS = 64
@@ -81,24 +85,30 @@ def _one(choices: dict[str, Any], heads: tuple[int, int, int, int]) -> dict[str,
 
 
 @functools.cache
-def _bulk(phase: str, size: int, heads: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
-    """A key head's states in tiles that come and go by bulk copies; empty for shapes that cannot, and with a Triton that is not
-    known. A tile is whole rows of one head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
+def _bulk(
+    phase: str, size: int, heads: tuple[int, int, int, int], tokens: int
+) -> tuple[tuple[float, dict[str, Any]], ...]:
+    """(FILL, the rest) of the ways in which a key head's states go by bulk copies, tile by tile; none for shapes that cannot, and
+    with a Triton that is not known. A tile is whole rows of one head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
     import triton
 
-    options = {name: value for name, value in BULK[phase][size].items() if name not in ("TILE", "FILL")}
     k, v = heads[2:]
-    each, rows = BULK[phase][size]["TILE"] // k if k else 0, _rows(heads)
-    whole = each and v % each == 0 and each % (4 * options["num_warps"]) == 0
-    known = triton.__version__.startswith(TRITONS)
-    if not whole or k != _next_power_of_2(k) or k * size < 128 or not known:
-        return {}
-    tile, qk, of_rows = each * k * size, 8 * _next_power_of_2(tokens) * k, 4 * tokens * rows
-    room = (SHARED - qk - 4 * of_rows - (4 << 10)) // tile  # a ring has 2 KB besides its tiles
-    ahead = min(options.pop("AHEAD"), rows // each, room - 1)  # one is on its way out
-    if ahead < 1 or ahead * tile < max(qk, of_rows):  # the ring must be the largest
-        return {}
-    return {**options, "AHEAD": ahead, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}
+    if not triton.__version__.startswith(TRITONS) or k != _next_power_of_2(k) or k * size < 128:
+        return ()
+    made, rows = [], _rows(heads)
+    qk, of_rows = 8 * _next_power_of_2(tokens) * k, 4 * tokens * rows
+    for row in BULK[phase, size]:
+        options = dict(row)
+        fill, each = options.pop("FILL"), options.pop("TILE") // k
+        if v % each or each % (4 * options["num_warps"]):
+            continue
+        tile = each * k * size
+        room = (SHARED - qk - 4 * of_rows - (4 << 10)) // tile  # a ring has 2 KB besides its tiles
+        options["AHEAD"] = min(options["AHEAD"], rows // each, room - 1)  # one is on its way out
+        if options["AHEAD"] * tile < max(qk, of_rows, 1):  # the ring must be the largest
+            continue
+        made.append((fill, {**options, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}))
+    return tuple(made)
 
 
 def takes_bulk(phase: str, tokens: int, heads: tuple[int, int, int, int], state: Tensor, state_layout: str) -> bool:
@@ -106,7 +116,7 @@ def takes_bulk(phase: str, tokens: int, heads: tuple[int, int, int, int], state:
     multiples of 16 bytes."""
     size, (slot, head, *rows) = state.element_size(), state.stride()
     return (
-        _bulk(phase, size, heads, tokens) != {}
+        _bulk(phase, size, heads, tokens) != ()
         and state_layout == "vk"
         and rows == [heads[2], 1]
         and (state.data_ptr() | slot * size | head * size) % 16 == 0
@@ -136,12 +146,13 @@ def gdn_step(
     state_layout: str,
     eps: float,
     gate: str,
-    by: Literal["clusters", "tiles"] | None = None,
+    by: Literal["clusters", "tiles"] | int | None = None,
 ) -> Tensor:
     """`triton_step.gdn_step` for a state [S, HV, V, K] and at most MOST_CTAS value heads of a key head.
 
-    `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states (`takes_bulk`
-    says how); None: the faster one, by how many there are. More than MOST_TOKENS drafts a sequence are left to Triton's kernel.
+    `by`: for each sequence and key head a cluster of CTAs, or one CTA that goes through the tiles of its states (a number: in
+    which of the table's ways, where `takes_bulk`); None: what is fastest, by how many there are. More than MOST_TOKENS drafts a
+    sequence are left to Triton's kernel.
     """
     tokens = seq.write_slots.shape[1] if seq.phase == "verify" else 1
     size, programs = state.element_size(), seq.num_seqs * heads[0]
@@ -151,17 +162,20 @@ def gdn_step(
             conv_layout=conv_layout, heads=heads, l2norm_eps=l2norm_eps, allow_neg_eigval=allow_neg_eigval, scale=scale,
             state_layout=state_layout, eps=eps, gate=gate,
         )  # fmt: skip
-    tiles = "bulk" if takes_bulk(seq.phase, tokens, heads, state, state_layout) else "tiles"
+    bulk = by != "clusters" and takes_bulk(seq.phase, tokens, heads, state, state_layout)
     if by is None:
-        fill = (BULK if tiles == "bulk" else CLUSTERS)[seq.phase][size]["FILL"]
-        by = "clusters" if programs <= fill * device_facts(state.device)[0] else "tiles"
+        ways = _bulk(seq.phase, size, heads, tokens) if bulk else [(CLUSTERS[seq.phase][size]["FILL"], {})]
+        filled = sum([programs > fill * device_facts(state.device)[0] for fill, _ in ways])
+        by = "clusters" if filled == 0 else filled - 1 if bulk else "tiles"
+    elif by != "clusters":
+        by = "tiles" if not bulk else 0 if by == "tiles" else by
     y = z.new_empty(z.shape[0], *heads[1::2])
     args = triton_step.step_arguments(
         qkv, z, a, b, weight, bias, conv_state, state, A_log, dt_bias, norm_weight, y, seq, conv_layout, l2norm_eps,
         scale, eps,
     )  # fmt: skip
     constants = _constants(
-        tiles if by == "tiles" else by, size, heads, weight.shape[1], state_layout, state.stride()[2:], seq.phase, tokens,
+        by, size, heads, weight.shape[1], state_layout, state.stride()[2:], seq.phase, tokens,
         activation, allow_neg_eigval, gate, bias is None,
     )  # fmt: skip
     launch(_kernels("gdn_step_gluon").gdn_step_gluon_kernel, programs, args, constants)
@@ -171,7 +185,7 @@ def gdn_step(
 # `plain`: without a bias. Launches with the same constants have tensors in the same places.
 @functools.lru_cache(maxsize=256)
 def _constants(
-    by: str,
+    by: str | int,
     element_size: int,
     heads: tuple[int, int, int, int],
     width: int,
@@ -185,10 +199,12 @@ def _constants(
     plain: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for. `strides`: the state's last two."""
-    if by == "clusters":
+    if isinstance(by, int):
+        spread = _bulk(phase, element_size, heads, tokens)[by][1]
+    elif by == "clusters":
         spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
     else:
-        spread = _bulk(phase, element_size, heads, tokens) if by == "bulk" else _one(ONE[phase][element_size], heads)
+        spread = _one(ONE[phase][element_size], heads)
     return {
         **triton_step.step_names(
             heads, width, state_layout, strides, phase == "verify", activation, allow_neg_eigval, gate

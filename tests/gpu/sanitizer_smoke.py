@@ -137,6 +137,8 @@ CASES = {
     "gluon-step-tiles-verify": lambda: fused("verify", (1, 3, 96, 192), by="tiles"),
     "gluon-step-bulk": lambda: fused("decode", HEADS, by="tiles"),
     "gluon-step-bulk-16": lambda: fused("decode", HEADS, BF16, by="tiles"),
+    "gluon-step-bulk-16-more": lambda: fused("decode", HEADS, BF16, by=1),
+    "gluon-step-bulk-16-many": lambda: fused("decode", HEADS, BF16, by=2),
     "gluon-step-bulk-verify": lambda: fused("verify", HEADS, by="tiles"),
     "gluon-step-bulk-verify-16": lambda: fused("verify", (1, 4, 128, 128), BF16, by="tiles"),
     "gluon-single": lambda: wgmma("single", 0),
