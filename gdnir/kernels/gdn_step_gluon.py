@@ -54,6 +54,12 @@ def _heads_layout(warps):
 
 
 @constexpr_function
+def _everywhere_layout(count, warps):
+    """Each warp has all, so that it needs no other for their sum."""
+    return gl.BlockedLayout([max(1, count // 32)], [32], [warps], [0])
+
+
+@constexpr_function
 def _matrix_layout(ctas, step):
     return gl.SwizzledSharedLayout(1, 1, 1, [1, 0], _split(ctas, 0, step))
 
@@ -315,11 +321,10 @@ def gdn_step_gluon_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = CTAS * BV  # of all CTAs' tiles
     HEADS: gl.constexpr = TILES * ROWS // V_POW2
-    PARTS: gl.constexpr = HEADS if CTAS == 1 else CTAS  # in which a CTA has sums of squares
     APART: gl.constexpr = max(1, TILES // HEADS)  # tiles from one head to the next, of which those below V count
     BLOCKS: gl.constexpr = min(APART, (V + BV - 1) // BV)
     USED: gl.constexpr = 1 if CTAS > 1 else R * BLOCKS
-    HELD: gl.constexpr = BULK and TOKENS == 1  # q and k, in registers
+    HELD: gl.constexpr = BULK and TOKENS == 1  # q and k, in registers, with their factors
     ROWS_OF_THREAD: gl.constexpr = BV // (4 * WARPS) if BULK else 1  # a warp's have no gaps
     TILE: gl.constexpr = _state_layout(ROWS_OF_THREAD, VECTOR, WARPS, CTAS)
     TAPS_V: gl.constexpr = _taps_layout(TILES * BV, W_POW2, WARPS, CTAS, 1)
@@ -328,6 +333,7 @@ def gdn_step_gluon_kernel(
     OF_V: gl.constexpr = gl.SliceLayout(1, TAPS_V)
     OF_ROW: gl.constexpr = gl.SliceLayout(1, TILE)
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
+    EVERYWHERE: gl.constexpr = _everywhere_layout(V_POW2, WARPS)
     RING: gl.constexpr = ring_shape(AHEAD, WARPS, BV * K * 16 // VECTOR)
     # Lines that were read for this write, and have served; new ones, of which nobody will read most.
     WRITTEN: gl.constexpr = "evict_first" if VERIFY else "evict_normal"
@@ -407,7 +413,7 @@ def gdn_step_gluon_kernel(
             decays.index(t).store(gl.exp(g))
             betas.index(t).store(beta_t)
             outs = outs + (gl.zeros([ROWS, TILES], gl.float32, COLUMNS),)
-        if EARLY:
+        if EARLY and not HELD:
             rows_of_qk = qk._reinterpret(gl.float32, [TOKENS_POW2, 2 * K_POW2], _matrix_layout(CTAS, 0))
             _normalize(rows_of_qk, dots.index(0), l2norm_eps, scale, K_POW2, _heads_layout(WARPS))
         if CTAS == 1:
@@ -418,6 +424,7 @@ def gdn_step_gluon_kernel(
 
         if HELD:
             q, k = q_and_k.index(0).load(OF_COLUMN), q_and_k.index(1).load(OF_COLUMN)
+            by_q, by_k, dot = _factors(q, k, l2norm_eps, scale, 0)
         if BULK:
             place = places(row, column, K, VECTOR)
             if stateful == 0:
@@ -438,13 +445,13 @@ def gdn_step_gluon_kernel(
             for t in gl.static_range(TOKENS):
                 if not HELD:
                     q, k = q_and_k.index(2 * t).load(OF_COLUMN), q_and_k.index(2 * t + 1).load(OF_COLUMN)
+                    if EARLY:
+                        by_q, by_k, dot = 1.0, 1.0, dot_of_token.index(t).load(OF_ROW)
+                    else:
+                        by_q, by_k, dot = _factors(q, k, l2norm_eps, scale, 0)
                 v = v_of_tile.index(t * TILES + j).load(OF_ROW)
                 decay = decay_of_tile.index(t * TILES + j).load(OF_ROW)
                 beta = beta_of_tile.index(t * TILES + j).load(OF_ROW)
-                if EARLY:
-                    by_q, by_k, dot = 1.0, 1.0, dot_of_token.index(t).load(OF_ROW)
-                else:
-                    by_q, by_k, dot = _factors(q, k, l2norm_eps, scale, 0)
                 o, tile = _update(tile, q, k, by_q, by_k, dot, v, decay, beta)
                 o = gl.convert_layout(o, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
                 after = after + (gl.where(mine, o[:, None], outs[t]),)
@@ -474,22 +481,27 @@ def gdn_step_gluon_kernel(
         if BULK:
             sent()
 
-        sums = ()
         for t in gl.static_range(TOKENS):
             outputs.index(t).permute([1, 0]).store(outs[t])
-        for t in gl.static_range(TOKENS):
-            parts = gl.reshape(flat.index(t).load(OF_V), [PARTS, TILES * ROWS // PARTS])
-            sums = sums + (gl.sum(parts * parts, axis=1),)
         if CTAS > 1:
+            sums = ()
+            for t in gl.static_range(TOKENS):
+                parts = gl.reshape(flat.index(t).load(OF_V), [CTAS, BV])
+                sums = sums + (gl.sum(parts * parts, axis=1),)
             sums = _over_groups(sums, CTAS, CTAS // HEADS)
         for t in gl.static_range(TOKENS):
             o = flat.index(t).load(OF_V)
-            parts = gl.reshape(o, [PARTS, TILES * ROWS // PARTS])
-            _, mean = gl.broadcast(parts, gl.expand_dims(sums[t] / V, 1))
-            mean = gl.convert_layout(gl.reshape(mean, [TILES * ROWS]), OF_V, assert_trivial=True)
+            if CTAS > 1:
+                _, squares = gl.broadcast(gl.reshape(o, [CTAS, BV]), gl.expand_dims(sums[t], 1))
+                squares = gl.convert_layout(gl.reshape(squares, [CTAS * BV]), OF_V, assert_trivial=True)
+            else:
+                squares = gl.zeros([TILES * BV], gl.float32, OF_V)
+                for r in gl.static_range(HEADS):
+                    of_head = flat.index(t).slice(r * V_POW2, V_POW2).load(EVERYWHERE)
+                    squares = gl.where(i // V_POW2 == r, gl.sum(of_head * of_head, axis=0), squares)
             z_t = zs[t].to(gl.float32)
             act = silu(z_t) if GATE == "silu" else sigmoid(z_t)
-            out = o * gl.rsqrt(mean + eps) * gain.to(gl.float32) * act
+            out = o * gl.rsqrt(squares / V + eps) * gain.to(gl.float32) * act
             at_y = y + (start + t).to(gl.int64) * (H * R * V) + of_y
             gl.store(at_y, out.to(y.dtype.element_ty), mask=in_v & (start + t < stop))
         if CTAS > 1:  # all have read the old windows

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # are normalised before the first tile, not for each. Bulk: a program's tiles go through shared memory by bulk copies, each warp's part
 # by itself.
 _TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0, 4.0)
-_WARPS, _REGISTERS = (2, 4, 8), range(64, 256, 8)
+_WARPS, _REGISTERS = (2, 4, 8), (*range(64, 256, 8), 255)
 _CLUSTERS = {"TILE": _TILES, "FILL": _FILL}
 _ONE = {
     "TILE": _TILES,
