@@ -170,12 +170,12 @@ def run_step(phase):
 
 
 def run_gluon_step():
-    for by, step in gluon_aot.WAYS.items():
+    for by, phase in (("clusters", "decode"), ("tiles", "verify")):
         for rows, slots, shift in ((2, 4, 0), (1, 1, 1), (16, 16, 4)):
-            phase = "decode" if by == "clusters" else "verify"
             aot.launch_step(
-                phase, torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift, step=step
-            )
+                phase, torch.bfloat16, torch.float32, heads="r4", rows=rows, slots=slots, shift=shift,
+                step=gluon_aot.WAYS[by],
+            )  # fmt: skip
 
 
 def run_rule_step():
