@@ -188,6 +188,12 @@ def test_what_bulk_copies_take(state, change, takes):
     assert gluon_step.takes_bulk(phase, tokens, (2, hv, k, v), state, layout) is takes
 
 
+def test_clusters_end_where_they_end_also_for_heads_that_the_first_way_does_not_fit():
+    first, *_ = gluon_step._bulk("decode", 2, (2, 4, 128, 128), 1)
+    ((fill, way),) = gluon_step._bulk("decode", 2, (2, 4, 64, 64), 1)
+    assert fill == first[0] and way["BV"] * 64 < first[1]["BV"] * 128
+
+
 @pytest.mark.parametrize(
     ("version", "takes"), [("3.6.0.post1", True), ("3.7.1", True), ("3.8.0", False), ("4.0.0+git", False)]
 )

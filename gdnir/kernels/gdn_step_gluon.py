@@ -335,7 +335,7 @@ def gdn_step_gluon_kernel(
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
     EVERYWHERE: gl.constexpr = _everywhere_layout(V_POW2, WARPS)
     RING: gl.constexpr = ring_shape(AHEAD, WARPS, BV * K * 16 // VECTOR)
-    # Lines that were read for this write, and have served; new ones, of which nobody will read most.
+    # Decode writes the lines that it has read, which have served; verify those of other slots, most of which nobody will read.
     WRITTEN: gl.constexpr = "evict_first" if VERIFY else "evict_normal"
     if CTAS > 1:
         _arrive()  # nobody may write into the memory of one that has not begun

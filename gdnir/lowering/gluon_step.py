@@ -95,10 +95,11 @@ def _bulk(
     k, v = heads[2:]
     if not triton.__version__.startswith(TRITONS) or k != _next_power_of_2(k) or k * size < 128:
         return ()
-    made, rows = [], _rows(heads)
+    made: list[tuple[float, dict[str, Any]]] = []
+    rows = _rows(heads)
     qk, of_rows = 8 * _next_power_of_2(tokens) * k, 4 * tokens * rows
     for row in BULK[phase, size]:
-        options = dict(row)
+        options = dict(row if made else {**row, "FILL": BULK[phase, size][0]["FILL"]})  # where clusters end
         fill, each = options.pop("FILL"), options.pop("TILE") // k
         if v % each or each % (4 * options["num_warps"]):
             continue
