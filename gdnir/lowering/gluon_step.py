@@ -124,6 +124,16 @@ def takes_bulk(phase: str, tokens: int, heads: tuple[int, int, int, int], state:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _fastest(
+    bulk: bool, phase: str, size: int, heads: tuple[int, int, int, int], tokens: int, fill: float
+) -> Literal["clusters", "tiles"] | int:
+    """What `gdn_step` goes by, of this many sequences and key heads for each multiprocessor."""
+    ends = [end for end, _ in _bulk(phase, size, heads, tokens)] if bulk else [CLUSTERS[phase][size]["FILL"]]
+    passed = sum(fill > end for end in ends)
+    return "clusters" if passed == 0 else passed - 1 if bulk else "tiles"
+
+
 def gdn_step(
     qkv: Tensor,
     z: Tensor,
@@ -165,9 +175,7 @@ def gdn_step(
         )  # fmt: skip
     bulk = by != "clusters" and takes_bulk(seq.phase, tokens, heads, state, state_layout)
     if by is None:
-        ways = _bulk(seq.phase, size, heads, tokens) if bulk else [(CLUSTERS[seq.phase][size]["FILL"], {})]
-        filled = sum([programs > fill * device_facts(state.device)[0] for fill, _ in ways])
-        by = "clusters" if filled == 0 else filled - 1 if bulk else "tiles"
+        by = _fastest(bulk, seq.phase, size, heads, tokens, programs / device_facts(state.device)[0])
     elif by != "clusters":
         by = "tiles" if not bulk else 0 if by == "tiles" else by
     y = z.new_empty(z.shape[0], *heads[1::2])
