@@ -179,7 +179,7 @@ APART = torch.empty(3, 5, 128, 128, dtype=torch.bfloat16)
             torch.empty(3, 32, 128, 128).bfloat16(),
             {"phase": "verify", "tokens": 5},
             False,
-        ),  # what rows keep is larger than the ring
+        ),  # rows keep more than a ring
     ],
 )
 def test_what_bulk_copies_take(state, change, takes):

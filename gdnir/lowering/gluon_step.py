@@ -44,10 +44,13 @@ _TABLES = tables.load(
 )
 # The kernel is Hopper's alone, so one kind of GPU is all there is.
 CLUSTERS, ONE = (
-    {phase: {size: _TABLES[f"{phase}{how}_{8 * size}"]["default"] for size in (4, 2)} for phase in ("decode", "verify")}
+    {(phase, size): _TABLES[f"{phase}{how}_{8 * size}"]["default"] for phase, size in _WAYS}
     for how in ("_clusters", "")
 )
-BULK = {key: [_TABLES[f"{key[0]}_bulk_{8 * key[1]}{end}"]["default"] for end in ends] for key, ends in _WAYS.items()}
+BULK = {
+    (phase, size): [_TABLES[f"{phase}_bulk_{8 * size}{end}"]["default"] for end in ends]
+    for (phase, size), ends in _WAYS.items()
+}
 MOST_CTAS = 8
 """Of a cluster that every device can run. Each has rows of one value head."""
 ELEMENTS = 64
@@ -129,7 +132,7 @@ def _fastest(
     bulk: bool, phase: str, size: int, heads: tuple[int, int, int, int], tokens: int, fill: float
 ) -> Literal["clusters", "tiles"] | int:
     """What `gdn_step` goes by, of this many sequences and key heads for each multiprocessor."""
-    ends = [end for end, _ in _bulk(phase, size, heads, tokens)] if bulk else [CLUSTERS[phase][size]["FILL"]]
+    ends = [end for end, _ in _bulk(phase, size, heads, tokens)] if bulk else [CLUSTERS[phase, size]["FILL"]]
     passed = sum(fill > end for end in ends)
     return "clusters" if passed == 0 else passed - 1 if bulk else "tiles"
 
@@ -211,9 +214,9 @@ def _constants(
     if isinstance(by, int):
         spread = _bulk(phase, element_size, heads, tokens)[by][1]
     elif by == "clusters":
-        spread = _cluster(CLUSTERS[phase][element_size]["TILE"], heads)
+        spread = _cluster(CLUSTERS[phase, element_size]["TILE"], heads)
     else:
-        spread = _one(ONE[phase][element_size], heads)
+        spread = _one(ONE[phase, element_size], heads)
     return {
         **triton_step.step_names(
             heads, width, state_layout, strides, phase == "verify", activation, allow_neg_eigval, gate
