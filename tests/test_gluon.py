@@ -114,7 +114,10 @@ def test_what_is_launched_follows_from_how_many_there_are(monkeypatch):
     launched = []
 
     def launch(_kernel, _programs, _args, made):
-        launched.append("clusters" if made["num_ctas"] > 1 else (made["num_warps"], made["AHEAD"]))
+        tile = made["BV"] * made["K_POW2"] * 16 // made["VECTOR"] >> 10
+        launched.append(
+            "clusters" if made["num_ctas"] > 1 else (tile, made["AHEAD"], made["num_warps"], made["maxnreg"])
+        )
 
     monkeypatch.setattr(gluon_step, "launch", launch)
     monkeypatch.setattr(triton_step, "kinds", lambda _: ("sm_90",))
@@ -123,11 +126,17 @@ def test_what_is_launched_follows_from_how_many_there_are(monkeypatch):
     monkeypatch.setattr(triton_step, "_kernels", lambda _: types.SimpleNamespace(gdn_step_kernel=None))
     f32, bf16 = torch.float32, torch.bfloat16
     want = [
-        ("decode", f32, 3, 1, "clusters"), ("decode", f32, 4, 1, (8, 2)), ("decode", f32, 40, 1, (8, 2)),
-        ("decode", bf16, 4, 1, "clusters"), ("decode", bf16, 5, 1, (8, 4)), ("decode", bf16, 16, 1, (8, 4)),
-        ("decode", bf16, 17, 1, (4, 4)), ("decode", bf16, 33, 1, (4, 4)), ("decode", bf16, 34, 1, (4, 2)),
-        ("verify", f32, 3, 2, "clusters"), ("verify", f32, 4, 2, (8, 4)), ("verify", f32, 3, 9, "triton"),
-    ]  # fmt: skip
+        ("decode", f32, 3, 1, "clusters"),
+        *(("decode", f32, rows, 1, (32, 3, 8, 128)) for rows in (4, 8, 34)),
+        *(("decode", f32, rows, 1, (32, 2, 8, 128)) for rows in (9, 33)),
+        ("decode", bf16, 4, 1, "clusters"),
+        *(("decode", bf16, rows, 1, (32, 2, 8, 128)) for rows in (5, 16, 133)),
+        *(("decode", bf16, rows, 1, (16, 2, 4, 128)) for rows in (17, 33)),
+        *(("decode", bf16, rows, 1, (16, 2, 4, 168)) for rows in (34, 132)),
+        ("verify", f32, 3, 2, "clusters"),
+        ("verify", f32, 4, 2, (32, 4, 8, 248)),
+        ("verify", f32, 3, 9, "triton"),
+    ]
     for invariant in (False, True):
         for phase, dtype, rows, columns, way in want:
             slots = list(range(rows))
@@ -190,8 +199,14 @@ def test_what_bulk_copies_take(state, change, takes):
 
 def test_clusters_end_where_they_end_also_for_heads_that_the_first_way_does_not_fit():
     first, *_ = gluon_step._bulk("decode", 2, (2, 4, 128, 128), 1)
-    ((fill, way),) = gluon_step._bulk("decode", 2, (2, 4, 64, 64), 1)
-    assert fill == first[0] and way["BV"] * 64 < first[1]["BV"] * 128
+    (fill, way), *_ = gluon_step._bulk("decode", 2, (2, 4, 128, 16), 1)
+    assert fill == first[0] and way["num_warps"] < first[1]["num_warps"]
+
+
+@pytest.mark.parametrize(("v", "rows"), [(128, 128), (192, 64), (64, 64), (96, 32)])
+def test_a_tile_is_at_most_a_head_and_divides_it(v, rows):
+    (_, way), *_ = gluon_step._bulk("decode", 2, (1, 1, 128, v), 1)
+    assert way["BV"] == rows
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,12 @@ WAYS = {by: triton_cases_step.step_of(by) for by in ("clusters", "tiles", 1, 2)}
         ("verify", 4, "clusters", "qwen", torch.float32, 224),
         ("verify", 4, "clusters", "r4", torch.bfloat16, 224),
         ("decode", 1, "tiles", "qwen", torch.float32, 128),
-        ("decode", 1, "tiles", "qwen", torch.bfloat16, 104),
-        ("decode", 1, 1, "qwen", torch.bfloat16, 104),
-        ("decode", 1, 2, "qwen", torch.bfloat16, 168),
-        ("decode", 1, "tiles", "r3", torch.bfloat16, 104),
-        ("decode", 1, 2, "r4", torch.bfloat16, 168),
+        ("decode", 1, 1, "r4", torch.float32, 128),
+        *(
+            ("decode", 1, by, heads, torch.bfloat16, most)
+            for by, most in (("tiles", 128), (1, 128), (2, 168))
+            for heads in ("qwen", "r3", "r4")
+        ),
         ("decode", 1, "tiles", "olmo", torch.bfloat16, 128),
         ("verify", 4, "tiles", "qwen", torch.float32, 248),
         ("verify", 4, "tiles", "qwen", torch.bfloat16, 128),
@@ -193,7 +194,7 @@ def test_a_step_compiles_within_limits(compiled, tmp_path, phase, drafts, by, he
 @pytest.mark.parametrize(
     ("phase", "state", "way"),
     [
-        ("decode", torch.float32, "tiles"),
+        *(("decode", torch.float32, way) for way in ("tiles", 1)),
         *(("decode", torch.bfloat16, way) for way in ("tiles", 1, 2)),
         ("verify", torch.float32, "tiles"),
         ("verify", torch.bfloat16, "tiles"),

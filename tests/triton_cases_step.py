@@ -187,10 +187,10 @@ def step_of(by):
 
 
 def by_bulk_copies(case, heads, state_dtype):
-    """The case in each of the ways in which its states' tiles go by bulk copies."""
-    ways = gluon_step._bulk(case.phase, state_dtype.itemsize, heads, 1)
+    """The case in each of the ways in which its states' tiles go by bulk copies, which a table may name more than once."""
+    ways = [options for _, options in gluon_step._bulk(case.phase, state_dtype.itemsize, heads, 1)]
     assert ways
-    return [dataclasses.replace(case, heads=heads, by=n) for n in range(len(ways))]
+    return [dataclasses.replace(case, heads=heads, by=n) for n, way in enumerate(ways) if way not in ways[:n]]
 
 
 def oracle_step(given, judge):

@@ -339,8 +339,6 @@ def gdn_step_gluon_kernel(
     WRITTEN: gl.constexpr = "evict_first" if VERIFY else "evict_normal"
     if CTAS > 1:
         _arrive()  # nobody may write into the memory of one that has not begun
-    if BULK:
-        ring, memory = open_ring(RING)
     qk = gl.allocate_shared_memory(gl.float32, [TOKENS_POW2, 2 * K_POW2], _vector_layout(CTAS, 0))
     vs = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
     decays = gl.allocate_shared_memory(gl.float32, [TOKENS, TILES * ROWS], _vector_layout(CTAS, 1))
@@ -370,14 +368,18 @@ def gdn_step_gluon_kernel(
     row = gl.arange(0, ROWS, OF_ROW)
     column = gl.arange(0, K_POW2, OF_COLUMN)
 
-    # All that is read is asked for before anything waits: what depends on no slot, then the few inputs, then the state.
+    # All that is read is asked for before anything waits: the slot, since most waits for it, what depends on no slot, then the few
+    # inputs, then the state.
     read = gl.load(read_slots + n)
+    has = gl.load(has_state + n)
     if BULK and not VERIFY:
         named = gl.load(write_slots + n.to(gl.int64) * stride_wn)
     start, end = _bounds(cu_seqlens, n, T)
     stop = gl.minimum(end, start + TOKENS)
     valid = _exists(read, S)
-    stateful = valid & (gl.load(has_state + n) != 0)
+    stateful = valid & (has != 0)
+    if BULK:
+        ring, memory = open_ring(RING)
     filter_k = _load_filter(weight, bias, c_k, in_k, W, W_POW2, TAPS_K)
     filter_v = _load_filter(weight, bias, c_v, in_v, W, W_POW2, TAPS_V)
     rate, shift = gl.load(A_log + head), gl.load(dt_bias + head)
@@ -478,9 +480,6 @@ def gdn_step_gluon_kernel(
                     tiles = tiles[1:] + (gl.load(at, mask=mask, other=0.0, eviction_policy=KEEP_IN_L2),)
                 else:
                     tiles = tiles[1:] + (tiles[0],)
-        if BULK:
-            sent()
-
         for t in gl.static_range(TOKENS):
             outputs.index(t).permute([1, 0]).store(outs[t])
         if CTAS > 1:
@@ -521,6 +520,7 @@ def gdn_step_gluon_kernel(
                 gl.store(at + write.to(gl.int64) * stride_s, kept, mask=inside & stored)
 
     if BULK:
+        sent()
         close_ring(memory)
     if BULK and not VERIFY:  # as report_slots, without a load to wait for at the end
         gl.store(error, 1, mask=gl.maximum(read, named) >= S)

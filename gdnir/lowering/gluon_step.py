@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # than one program for each: clusters, or what precedes among ways by bulk copies. AHEAD: tiles of a program in flight. EARLY: q and k
 # are normalised before the first tile, not for each. Bulk: a program's tiles go through shared memory by bulk copies, each warp's part
 # by itself.
-_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0, 4.0)
+_TILES, _FILL = (1024, 2048, 4096, 8192, 16384), (0.4, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0, 4.0, 16.0)
 _WARPS, _REGISTERS = (2, 4, 8), (*range(64, 256, 8), 255)
 _CLUSTERS = {"TILE": _TILES, "FILL": _FILL}
 _ONE = {
@@ -32,7 +32,12 @@ _ONE = {
     "maxnreg": _REGISTERS,
 }
 _BULK = {"TILE": _TILES[1:], "FILL": _FILL, "AHEAD": (1, 2, 3, 4), "num_warps": _WARPS, "maxnreg": _REGISTERS}
-_WAYS = {("decode", 4): ("",), ("decode", 2): ("", "_more", "_many"), ("verify", 4): ("",), ("verify", 2): ("",)}
+_WAYS = {
+    ("decode", 4): ("", "_more", "_many"),
+    ("decode", 2): ("", "_more", "_many", "_most"),
+    ("verify", 4): ("",),
+    ("verify", 2): ("",),
+}
 """By bulk copies, for few sequences first: the ends of their names in the table."""
 _TABLES = tables.load(
     "gluon_step",
@@ -54,7 +59,7 @@ BULK = {
 MOST_CTAS = 8
 """Of a cluster that every device can run. Each has rows of one value head."""
 ELEMENTS = 64
-"""Of the state in one thread of a CTA that has one tile."""
+"""Of a tile in one thread, where it has the registers."""
 MOST_TOKENS = 8
 """Of a row, for which the kernel's code is written out."""
 MOST_ROWS = 8192
@@ -92,7 +97,9 @@ def _bulk(
     phase: str, size: int, heads: tuple[int, int, int, int], tokens: int
 ) -> tuple[tuple[float, dict[str, Any]], ...]:
     """(FILL, the rest) of the ways in which a key head's states go by bulk copies, tile by tile; none for shapes that cannot, and
-    with a Triton that is not known. A tile is whole rows of one head, a warp's part of it too, and 8 lanes read 128 bytes of a row."""
+    with a Triton that is not known. A tile is whole rows of one head, a warp's part of it too, and 8 lanes read 128 bytes of a row.
+    Where TILE does not divide a head, or a thread has too few registers for 64 elements beside more than two heads' inputs, tiles are
+    smaller, and more of them ahead."""
     import triton
 
     k, v = heads[2:]
@@ -103,8 +110,11 @@ def _bulk(
     qk, of_rows = 8 * _next_power_of_2(tokens) * k, 4 * tokens * rows
     for row in BULK[phase, size]:
         options = dict(row if made else {**row, "FILL": BULK[phase, size][0]["FILL"]})  # where clusters end
-        fill, each = options.pop("FILL"), options.pop("TILE") // k
-        if v % each or each % (4 * options["num_warps"]):
+        fill, each, warps = options.pop("FILL"), options.pop("TILE") // k, options["num_warps"]
+        most = 32 * warps * (ELEMENTS if options["maxnreg"] > 128 or heads[1] <= 2 * heads[0] else ELEMENTS // 2)
+        while v % each or each * k > most:
+            each, options["AHEAD"] = each // 2, 2 * options["AHEAD"]
+        if each % (4 * warps):
             continue
         tile = each * k * size
         room = (SHARED - qk - 4 * of_rows - (4 << 10)) // tile  # a ring has 2 KB besides its tiles

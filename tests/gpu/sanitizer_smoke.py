@@ -136,6 +136,7 @@ CASES = {
     "gluon-step-tiles": lambda: fused("decode", (1, 3, 96, 192), by="tiles"),
     "gluon-step-tiles-verify": lambda: fused("verify", (1, 3, 96, 192), by="tiles"),
     "gluon-step-bulk": lambda: fused("decode", HEADS, by="tiles"),
+    "gluon-step-bulk-more": lambda: fused("decode", HEADS, by=1),
     "gluon-step-bulk-16": lambda: fused("decode", HEADS, BF16, by="tiles"),
     "gluon-step-bulk-16-more": lambda: fused("decode", HEADS, BF16, by=1),
     "gluon-step-bulk-16-many": lambda: fused("decode", HEADS, BF16, by=2),

@@ -89,10 +89,10 @@ def rule_step(phase, count):
     return lambda: (triton_step.delta_rule_step(*inputs, pool, seq, scale=0.1, state_layout="vk"),), [pool]
 
 
-def step(phase, count, run=triton_step.gdn_step):
+def step(phase, count, run=triton_step.gdn_step, state=torch.float32):
     seq = batch(phase, count)
     qkv, z, b, a, _ = randn(seq.num_tokens, CHANNELS + 4 * 128 + 16).split([CHANNELS, 4 * 128, 4, 4, 8], 1)
-    pools = randn(SLOTS, CHANNELS, 3), randn(SLOTS, 4, 128, 128, dtype=torch.float32)
+    pools = randn(SLOTS, CHANNELS, 3), randn(SLOTS, 4, 128, 128, dtype=state)
     rate, norm = randn(4, dtype=torch.float32), randn(128, dtype=torch.float32)
     operands = qkv, z.unflatten(1, (4, 128)), a, b, randn(CHANNELS, 4), None, *pools, rate, rate, norm, seq
     options = dict(
@@ -127,8 +127,13 @@ BUILD = {  # how a batch is made, and how many outputs and workspaces a launch m
     **{f"rule-{phase}": (functools.partial(rule_step, phase), 1) for phase in ("decode", "verify")},
     **{f"step-{phase}": (functools.partial(step, phase), 1) for phase in ("decode", "verify")},
     **{
-        f"gluon-step-{by}-{phase}": (functools.partial(step, phase, run=functools.partial(gluon_step.gdn_step, by=by)), 1)
-        for by, phase in (("clusters", "decode"), ("tiles", "decode"), ("tiles", "verify"))
+        f"gluon-step-{by}-{phase}-{8 * state.itemsize}": (
+            functools.partial(step, phase, run=functools.partial(gluon_step.gdn_step, by=by), state=state), 1
+        )
+        for by, phase, state in (
+            ("clusters", "decode", torch.float32), ("tiles", "verify", torch.float32),
+            *((way, "decode", torch.float32) for way in range(2)), *((way, "decode", torch.bfloat16) for way in range(3)),
+        )
     },
     "norm": (norm, 1),
     "l2norm": (l2norm, 1),
