@@ -209,6 +209,22 @@ def test_a_tile_is_at_most_a_head_and_divides_it(v, rows):
     assert way["BV"] == rows
 
 
+def test_every_ring_has_room():
+    """For its tiles beside what a program keeps, and in a row of 1 KB for a barrier of each warp and tile."""
+    found = 0
+    for (phase, size), r, k, v, tokens in itertools.product(
+        gluon_step.BULK, range(1, 9), (32, 64, 128, 256), (16, 32, 96, 128, 192, 256), (1, 4, 8)
+    ):
+        for _, way in gluon_step._bulk(phase, size, (1, r, k, v), tokens):
+            found += 1
+            ahead, tile = way["AHEAD"], way["BV"] * k * size
+            assert 8 * ahead * way["num_warps"] <= 1024
+            kept = 16 * tokens * way["TILES"] * way["BV"] + 8 * gluon_step._next_power_of_2(tokens) * (k + 1)
+            assert (ahead + 1) * tile + (2 << 10) + kept <= 227 << 10
+            assert v % way["BV"] == way["BV"] % (4 * way["num_warps"]) == 0
+    assert found > 500
+
+
 @pytest.mark.parametrize(
     ("version", "takes"), [("3.6.0.post1", True), ("3.7.1", True), ("3.8.0", False), ("4.0.0+git", False)]
 )

@@ -55,8 +55,8 @@ def test_step(case, by):
         step_cases.check_step(dataclasses.replace(case, by=by), torch.float32, "cpu")
 
 
-# Tiles of 4096 and 8192 elements, two to four on their way: 32 or 64 rows of 128 elements, 64 or 128 of 64 elements.
-@pytest.mark.parametrize("heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 128), (1, 3, 64, 128)], ids=str)
+# Tiles of 2048 to 16384 elements, two to eight on their way.
+@pytest.mark.parametrize("heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 128), (1, 3, 64, 128), (1, 3, 64, 96)], ids=str)
 @pytest.mark.parametrize("case", step_cases.CASES, ids=lambda case: case.id)
 def test_step_by_bulk_copies(case, heads):
     with gluon_on_cpu():

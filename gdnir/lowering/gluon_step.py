@@ -64,6 +64,8 @@ MOST_TOKENS = 8
 """Of a row, for which the kernel's code is written out."""
 MOST_ROWS = 8192
 """Of a key head's states, times tokens: a program has 16 bytes of shared memory for each."""
+MOST_AHEAD = 8
+"""Tiles of a program in flight: a ring has room for the barriers of 16 by 8 warps."""
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
 TRITONS = ("3.6.", "3.7.")
@@ -98,8 +100,8 @@ def _bulk(
 ) -> tuple[tuple[float, dict[str, Any]], ...]:
     """(FILL, the rest) of the ways in which a key head's states go by bulk copies, tile by tile; none for shapes that cannot, and
     with a Triton that is not known. A tile is whole rows of one head, a warp's part of it too, and 8 lanes read 128 bytes of a row.
-    Where TILE does not divide a head, or a thread has too few registers for 64 elements beside more than two heads' inputs, tiles are
-    smaller, and more of them ahead."""
+    Where TILE does not divide a head, or a thread has too few registers for 64 elements beside what it keeps, tiles are smaller, and
+    more of them ahead."""
     import triton
 
     k, v = heads[2:]
@@ -111,14 +113,15 @@ def _bulk(
     for row in BULK[phase, size]:
         options = dict(row if made else {**row, "FILL": BULK[phase, size][0]["FILL"]})  # where clusters end
         fill, each, warps = options.pop("FILL"), options.pop("TILE") // k, options["num_warps"]
-        most = 32 * warps * (ELEMENTS if options["maxnreg"] > 128 or heads[1] <= 2 * heads[0] else ELEMENTS // 2)
+        keeps_much = k > 128 or heads[1] > 2 * heads[0]  # q and k; the inputs of its value heads
+        most = 32 * warps * (ELEMENTS // 2 if keeps_much and options["maxnreg"] <= 128 else ELEMENTS)
         while v % each or each * k > most:
             each, options["AHEAD"] = each // 2, 2 * options["AHEAD"]
         if each % (4 * warps):
             continue
         tile = each * k * size
         room = (SHARED - qk - 4 * of_rows - (4 << 10)) // tile  # a ring has 2 KB besides its tiles
-        options["AHEAD"] = min(options["AHEAD"], rows // each, room - 1)  # one is on its way out
+        options["AHEAD"] = min(options["AHEAD"], rows // each, room - 1, MOST_AHEAD)  # one is on its way out
         if options["AHEAD"] * tile < max(qk, of_rows, 1):  # the ring must be the largest
             continue
         made.append((fill, {**options, "BV": each, "CTAS": 1, "TILES": rows // each, "BULK": True, "EARLY": True}))
