@@ -218,6 +218,12 @@ def test_bulk_copies(compiled, phase, heads, state, way):
     assert order == ["STS.128", "FENCE", "UBLKCP.G.S"] * max(1, len(order) // 3)
 
 
+def test_a_ring_has_no_more_barriers_than_room():
+    assert bulk_ring.ring_shape(16, 8, 8192) == (16, 8, 1024)
+    with pytest.raises(ValueError, match="17 stages of 8 warps"):
+        bulk_ring.ring_shape(17, 8, 8192)
+
+
 def test_what_compiled_kernels_are_kept_by_sees_all_that_they_are_made_of():
     """Triton's cache follows functions and constexprs that a constexpr function names, but no other value."""
     checked = 0

@@ -56,7 +56,9 @@ def test_step(case, by):
 
 
 # Tiles of 2048 to 16384 elements, two to eight on their way.
-@pytest.mark.parametrize("heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 128), (1, 3, 64, 128), (1, 3, 64, 96)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [BULK, (1, 1, 128, 192), (1, 4, 64, 64), (1, 4, 64, 128), (1, 3, 64, 128), (1, 3, 64, 96)], ids=str
+)
 @pytest.mark.parametrize("case", step_cases.CASES, ids=lambda case: case.id)
 def test_step_by_bulk_copies(case, heads):
     with gluon_on_cpu():

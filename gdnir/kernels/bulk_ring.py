@@ -32,6 +32,10 @@ mov.u32 w, %tid.x; and.b32 at, w, 31; setp.eq.u32 one, at, 0; shr.u32 w, w, 5;""
 @constexpr_function
 def ring_shape(stages, warps, tile_bytes):
     """(stages, warps, bytes of a warp's part of a tile): what all functions here are given as RING."""
+    if 8 * stages * warps > 4 * ROW.value:
+        raise ValueError(
+            f"{stages} stages of {warps} warps have more barriers than a row of {4 * ROW.value} bytes holds"
+        )
     return stages, warps, tile_bytes // warps
 
 

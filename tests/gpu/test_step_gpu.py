@@ -61,7 +61,9 @@ def test_cases(case, by, dtype, state_dtype):
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize(
-    "heads", [(2, 4, 128, 128), (1, 1, 128, 192), (1, 4, 64, 128), (1, 3, 64, 128), (1, 3, 64, 96)], ids=str
+    "heads",
+    [(2, 4, 128, 128), (1, 1, 128, 192), (1, 4, 64, 64), (1, 4, 64, 128), (1, 3, 64, 128), (1, 3, 64, 96)],
+    ids=str,
 )
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 @pytest.mark.skipif(not HOPPER, reason="needs sm_90")
